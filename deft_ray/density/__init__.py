@@ -1,0 +1,1 @@
+"""The science: approximations, density loss, exact counts."""

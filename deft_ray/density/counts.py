@@ -1,0 +1,79 @@
+"""Exact counts of non-zero activations, summed as whole numbers so that ranks and batches add up.
+
+Shape suffixes: B batch, T tokens, F d_ff.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Thresholds at which |a| > τ is counted beside the exact zeros.
+TAUS = (0.001, 0.01, 0.1)
+
+_COLUMNS = 4 + len(TAUS)
+
+
+def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
+    """Count one layer's activations.
+
+    Args:
+        act_BTF: Activations after the non-linearity and before any gate product.
+        mask_BT: True (or 1) at real tokens.
+
+    Returns:
+        int64 ``[non-zero, total, non-zero with padding, total with padding, |a| > τ for τ in TAUS]``.
+    """
+    mask = mask_BT.to(torch.int64)
+    nonzero_BT = torch.count_nonzero(act_BTF, dim=-1)
+    width = act_BTF.shape[-1]
+    row = [(nonzero_BT * mask).sum(), mask.sum() * width, nonzero_BT.sum(), torch.tensor(act_BTF.numel())]
+    magnitude_BTF = act_BTF.abs()
+    row += [((magnitude_BTF > tau).sum(dim=-1) * mask).sum() for tau in TAUS]
+    return torch.stack([value.to(act_BTF.device) for value in row])
+
+
+@dataclass
+class DensityCounts:
+    """Counts of a whole evaluation, one row per layer.
+
+    Args:
+        names: Layer names, ``encoder.0`` or ``decoder.3``.
+        rows: (layers, columns) int64, see :func:`count_row`.
+    """
+
+    names: list[str]
+    rows: Tensor
+
+    @classmethod
+    def empty(cls, names: list[str]) -> DensityCounts:
+        """Return zero counts for these layers."""
+        return cls(names, torch.zeros(len(names), _COLUMNS, dtype=torch.int64))
+
+    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor) -> None:
+        """Add one layer's activations of one batch."""
+        self.rows[index] += count_row(act_BTF.detach(), mask_BT).to(self.rows.device)
+
+    def density(self, side: str | None = None) -> float | None:
+        """Σ non-zero / Σ total over real tokens of all layers, or of one side's; None where there are none."""
+        return self._ratio(0, 1, side)
+
+    def density_paper(self) -> float | None:
+        """The same with padding positions counted, as padded in the evaluation's batches."""
+        return self._ratio(2, 3, None)
+
+    def density_at_tau(self) -> dict[str, float]:
+        """Fraction of |a| > τ over real tokens, by τ."""
+        ratios = {f"{tau:g}": self._ratio(4 + index, 1, None) for index, tau in enumerate(TAUS)}
+        return {tau: ratio for tau, ratio in ratios.items() if ratio is not None}
+
+    def density_layers(self) -> dict[str, float]:
+        """Density of every layer, by name."""
+        return {name: int(row[0]) / int(row[1]) for name, row in zip(self.names, self.rows, strict=True) if row[1] > 0}
+
+    def _ratio(self, above: int, below: int, side: str | None) -> float | None:
+        keep = [side is None or name.startswith(f"{side}.") for name in self.names]
+        totals = self.rows[torch.tensor(keep, dtype=torch.bool)].sum(dim=0)
+        return int(totals[above]) / int(totals[below]) if totals[below] > 0 else None

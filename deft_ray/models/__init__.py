@@ -1,0 +1,1 @@
+"""Model families, loading, quantisation, adapters."""

@@ -1,0 +1,63 @@
+"""Put a fresh adapter on a shared base, and take it off again."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from deft_ray.models.base import Base
+from deft_ray.models.families import renew_head
+
+
+def attach_adapter(
+    base: Base,
+    *,
+    outputs: int | None,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    target_modules: str | list[str],
+    gradient_checkpointing: bool = False,
+) -> PeftModel:
+    """Attach a LoRA adapter, and a task head to an encoder; draws from torch's global random state.
+
+    Args:
+        base: The shared base, without an adapter.
+        outputs: Classes of an encoder's head (1 for a regression); None for text-to-text models.
+        r: LoRA rank.
+        lora_alpha: LoRA scale times r.
+        lora_dropout: Dropout on LoRA's input.
+        target_modules: ``all-linear`` or names of modules.
+        gradient_checkpointing: Recompute blocks in the backward pass.
+
+    Returns:
+        The PEFT model; only its adapter and head are trainable, in float32.
+    """
+    if outputs is not None:
+        renew_head(base.model, base.family, outputs)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation says int, its code takes any number
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        task_type=TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS,
+    )
+    if gradient_checkpointing:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.model.gradient_checkpointing_disable()
+    return get_peft_model(base.model, config)
+
+
+def detach_adapter(model: PeftModel) -> None:
+    """Give the base its own modules back."""
+    model.unload()
+    base = model.get_base_model()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    base.requires_grad_(False)
+
+
+def trainable_share(model: PeftModel) -> float:
+    """Trainable parameters over all parameters; 4-bit weights count as the parameters that they hold."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return trainable / total

@@ -1,0 +1,100 @@
+"""Model families: which class loads them, where their MLP activations are, what their task head is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
+
+from deft_ray.density.probe import Site
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps what we need.
+
+    Args:
+        name: ``t5``, ``bert`` or ``roberta``.
+        text_to_text: True for encoder-decoder models that answer in words.
+        activations: Pattern of the activation modules' names; groups ``side`` (optional) and ``index``.
+    """
+
+    name: str
+    text_to_text: bool
+    activations: str
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("t5", True, r"(?P<side>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\.DenseReluDense\.act"),
+        Family("bert", False, r"bert\.encoder\.layer\.(?P<index>\d+)\.intermediate\.intermediate_act_fn"),
+        Family("roberta", False, r"roberta\.encoder\.layer\.(?P<index>\d+)\.intermediate\.intermediate_act_fn"),
+    )
+}
+
+
+def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
+    """List the activation modules of every MLP block, encoder first.
+
+    Args:
+        model: The base, without an adapter.
+        family: Its family.
+
+    Returns:
+        One site per MLP block; each module's output is (batch, tokens, d_ff), before any gate product.
+
+    Raises:
+        ValueError: If fewer or more are found than the configuration has blocks.
+    """
+    pattern = re.compile(family.activations)
+    matches = [(pattern.fullmatch(name), module) for name, module in model.named_modules()]
+    sites = [
+        Site(f"{match.groupdict().get('side') or 'encoder'}.{match['index']}", module)
+        for match, module in matches
+        if match is not None
+    ]
+    blocks = _count_blocks(model)
+    if len(sites) != blocks:
+        raise ValueError(
+            f"found {len(sites)} MLP activations but {blocks} MLP blocks in a {type(model).__name__}; "
+            f"families known: {', '.join(FAMILIES)}"
+        )
+    return sorted(sites, key=lambda site: (site.side != "encoder", int(site.name.split(".")[1])))
+
+
+def _count_blocks(model: PreTrainedModel) -> int:
+    config = model.config
+    if config.is_encoder_decoder:
+        return int(config.num_layers) + int(config.num_decoder_layers)
+    return int(config.num_hidden_layers)
+
+
+def renew_head(model: PreTrainedModel, family: Family, outputs: int) -> None:
+    """Put a freshly initialised task head on an encoder; uses torch's global random state.
+
+    Args:
+        model: A sequence-classification model.
+        family: Its family.
+        outputs: Number of classes, or 1 for a regression.
+    """
+    config = model.config
+    config.num_labels = outputs
+    config.problem_type = "regression" if outputs == 1 else "single_label_classification"
+    model.num_labels = outputs
+    old = next(model.classifier.parameters())
+    head = RobertaClassificationHead(config) if family.name == "roberta" else nn.Linear(config.hidden_size, outputs)
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+            nn.init.zeros_(module.bias)
+    model.classifier = head.to(device=old.device, dtype=torch.float32)
+
+
+def activation_name(sites: list[Site]) -> str:
+    """Name the activation function, as exact zeros depend on it: the class name of the activation module."""
+    return type(sites[0].module).__name__

@@ -1,0 +1,144 @@
+"""Make the nano model: build its tokenizer, pretrain a gated-GELU T5 on ``skills``, and print what it can do.
+
+    python -m deft_ray.nano.pretrain --output DIR
+
+Everything follows from the seed: the same machine and number of threads give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from deft_ray.nano import MODEL_DIR
+from deft_ray.nano.scoring import bag_of_words_score, model_score
+from deft_ray.nano.skills import Example, write_examples
+from deft_ray.nano.tasks import LABELS, generate
+from deft_ray.nano.tokenizer import build_tokenizer
+from deft_ray.nano.words import Dice
+
+BATCHES_PER_POOL = 64
+REPORT_EVERY = 250
+
+
+def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
+    """Build the untrained model; every linear layer's sizes are multiples of 64, as NF4 blocks want.
+
+    Args:
+        vocabulary: Number of tokens.
+        seed: Seed of the first weights.
+    """
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        num_heads=4,
+        d_ff=512,
+        num_layers=4,
+        num_decoder_layers=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = T5ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.shared.weight, std=0.3)  # T5's 1.0 moves too little in a few thousand steps of AdamW
+    torch.nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
+    return model
+
+
+def pretrain(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, lr: float, seed: int
+) -> None:
+    """Train all weights on freshly written examples, with linear warm-up and decay of the learning rate.
+
+    Args:
+        model: Trained in place.
+        tokenizer: The nano tokenizer.
+        steps: Optimizer steps.
+        batch_size: Examples per step.
+        lr: Highest learning rate.
+        seed: Seed of the examples.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+    model.train()
+    total, started = 0.0, time.perf_counter()
+    for step, batch in zip(range(1, steps + 1), _batches(tokenizer, batch_size, seed), strict=False):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if step % REPORT_EVERY == 0 or step == steps:
+            print(f"step {step:5d}  loss {total / REPORT_EVERY:.4f}  {time.perf_counter() - started:6.0f} s", flush=True)
+            total = 0.0
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of examples of like length for ever; a pool of examples is written, sorted and cut at a time."""
+    dice = Dice(f"batches/{seed}")
+    for pool in range(1_000_000):
+        examples = sorted(write_examples(BATCHES_PER_POOL * batch_size, seed * 1_000_000 + pool), key=lambda it: len(it[0]))
+        for number in dice.some(range(BATCHES_PER_POOL), BATCHES_PER_POOL):
+            yield _encode(tokenizer, examples[number * batch_size : (number + 1) * batch_size])
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> dict[str, Tensor]:
+    inputs = tokenizer([source for source, _ in examples], return_tensors="pt", padding=True)
+    labels = tokenizer([target for _, target in examples], return_tensors="pt", padding=True).input_ids
+    return {**inputs, "labels": labels.masked_fill(labels == tokenizer.pad_token_id, -100)}
+
+
+def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the model in bfloat16, half the size, and its tokenizer to a folder for ``from_pretrained``."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def print_scores(folder: Path) -> None:
+    """Print a table of what the saved model can do untuned, beside a linear bag-of-words trained on each task."""
+    model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = build_tokenizer()
+    print(f"{'task':<16} {'zero-shot':>9} {'bag of words':>12}")
+    for task in LABELS:
+        train, validation = generate(task, "train", 2000), generate(task, "validation", 500)
+        zero_shot = model_score(model, tokenizer, task, validation)
+        print(f"{task:<16} {zero_shot:>9.3f} {bag_of_words_score(task, train, validation):>12.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m deft_ray.nano.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the shipped model's)")
+    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), options.seed)
+    print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    pretrain(model, tokenizer, options.steps, options.batch_size, options.lr, options.seed)
+    save(model, tokenizer, options.output)
+    print_scores(options.output)
+
+
+if __name__ == "__main__":
+    main()

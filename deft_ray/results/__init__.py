@@ -1,0 +1,1 @@
+"""What ended trials are worth: records, fronts, hypervolume, plots and the report."""

@@ -1,0 +1,234 @@
+"""What a sweep found, as a short Markdown page and the files that it links to."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from deft_ray.results import figures
+from deft_ray.results.files import file_stem, write_text
+from deft_ray.results.front import Point, front, hypervolume, points, varying, write_front_csv
+from deft_ray.results.records import STATUSES, Record
+
+_TABLE_SETTINGS = 4
+"""Settings shown in the table of a front; front.csv has them all."""
+
+_TIMES = (("startup_s", "start-up"), ("train_s", "training"), ("eval_s", "evaluation"), ("wall_s", "whole trial"))
+
+
+def write_results(
+    run_dir: Path,
+    spec_name: str,
+    records: Iterable[Record],
+    max_score_drop: float | None = None,
+    stop_reason: str = "",
+    extra: Mapping[str, Any] | None = None,
+    *,
+    model: str = "",
+    tracking_uri: str = "",
+) -> list[Path]:
+    """Write ``front.csv``, ``pareto-<task>.html|png|csv`` and ``report.md``, each all or nothing.
+
+    Args:
+        run_dir: Run directory.
+        spec_name: Name of the spec, for the report's heading.
+        records: All records so far; may be empty.
+        max_score_drop: Score limit of the sweep, or None.
+        stop_reason: Why the sweep ended.
+        extra: Further facts for the report, by name.
+        model: Name of the model for the titles; taken from the records' settings if empty.
+        tracking_uri: Where MLflow's data are, for the report; left out if empty.
+
+    Returns:
+        The files written, ``front.csv`` first and ``report.md`` last.
+
+    Raises:
+        RecordsError: If one task was measured in more than one dtype.
+    """
+    run_dir, records = Path(run_dir), list(records)
+    found = points(records, max_score_drop)
+    fronts = {task: front(_of(found, task)) for task in _tasks(records)}
+    written = [write_front_csv(run_dir / "front.csv", fronts, settings=varying(found))]
+    for task in fronts:
+        written += write_figures(run_dir, records, task, max_score_drop, model)
+    report = write_report(
+        run_dir, spec_name, records, max_score_drop, stop_reason, extra or {}, tracking_uri=tracking_uri
+    )
+    return [*written, report]
+
+
+def write_figures(
+    run_dir: Path, records: Iterable[Record], task: str, max_score_drop: float | None = None, model: str = ""
+) -> list[Path]:
+    """Write the three files of one task's front; returns them."""
+    figure = figures.front_figure_data(records, task, max_score_drop, model)
+    stem = file_stem("pareto", task)
+    return [
+        figures.draw_html(figure, Path(run_dir) / f"{stem}.html"),
+        figures.draw_png(figure, Path(run_dir) / f"{stem}.png"),
+        figures.write_csv(figure, Path(run_dir) / f"{stem}.csv"),
+    ]
+
+
+def write_report(
+    run_dir: Path,
+    spec_name: str,
+    records: Iterable[Record],
+    max_score_drop: float | None,
+    stop_reason: str,
+    extra: Mapping[str, Any],
+    *,
+    tracking_uri: str = "",
+) -> Path:
+    """Write ``report.md``; arguments as in :func:`write_results`.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecordsError: If one task was measured in more than one dtype.
+    """
+    records = list(records)
+    found = points(records, max_score_drop)
+    parts = [_heading(spec_name, records, max_score_drop, stop_reason, extra)]
+    parts += [_task_part(task, _of(found, task), records) for task in _tasks(records)]
+    parts += [_failures(records), _time_split(records), _files(tracking_uri)]
+    return write_text(Path(run_dir) / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+
+
+def first_line(cause: str | None) -> str:
+    r"""The line of a cause that says what happened: its first one, or a traceback's last one.
+
+    >>> first_line("Traceback (most recent call last):\n  File ...\nValueError: no rows\n")
+    'ValueError: no rows'
+    """
+    lines = [line.strip() for line in (cause or "").splitlines() if line.strip()]
+    if not lines:
+        return "no cause recorded"
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
+def _tasks(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(record.task for record in records))
+
+
+def _of(found: Iterable[Point], task: str) -> list[Point]:
+    return [point for point in found if point.task == task]
+
+
+def _heading(
+    spec_name: str, records: Sequence[Record], max_score_drop: float | None, stop_reason: str, extra: Mapping[str, Any]
+) -> str:
+    counts = Counter(record.status for record in records)
+    trials = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
+    facts = {"Trials": trials, "Score limit": _limit(max_score_drop), "Ended because": stop_reason, **extra}
+    lines = [f"- {_cell(name)}: {_cell(value)}" for name, value in facts.items() if value not in ("", None)]
+    return "\n".join([f"# Sweep {_cell(spec_name)}", "", *lines])
+
+
+def _limit(max_score_drop: float | None) -> str:
+    if max_score_drop is None:
+        return "none"
+    return f"a score may be {max_score_drop:g} below the baseline of its task and seed"
+
+
+def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> str:
+    own = [record for record in records if record.task == task]
+    chosen = front(found)
+    complete = sum(point.status == "complete" for point in found)
+    infeasible = sum(point.status == "complete" and not point.feasible for point in found)
+    stem = file_stem("pareto", task)
+    return "\n".join(
+        [
+            f"## {_cell(task)}",
+            "",
+            f"Hypervolume {hypervolume(found):.4f} (reference: score 0, density 1). "
+            f"Trials: {len(found)}, {complete} complete, of them {infeasible} infeasible and {len(chosen)} on the "
+            f"front; {len(found) - complete} not complete.",
+            "",
+            _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score"),
+            "",
+            f"![Pareto front of {_cell(task)}]({stem}.png)",
+            "",
+            f"Interactive: [{stem}.html]({stem}.html) · data: [{stem}.csv]({stem}.csv)",
+        ]
+    )
+
+
+def _rows_of(found: Sequence[Point], chosen: Sequence[Point]) -> list[Point]:
+    """The usable baselines, then the rest of the front by rising density."""
+    baselines = [point for point in found if point.baseline and point.eligible]
+    return baselines + [point for point in chosen if not point.baseline]
+
+
+def _table(rows: Sequence[Point], settings: Sequence[str], metric: str) -> str:
+    if not rows:
+        return "No trial has both a score and a density."
+    header = ["trial", "seed", f"{metric} ↑", "score drop ↓", "density ↓", "density change ↑", "on front", *settings]
+    lines = [_line(header), _line(["---"] * len(header))]
+    lines += [_line(_cells(point) + [figures.short(point.config.get(name)) for name in settings]) for point in rows]
+    no_baseline = not any(point.baseline for point in rows)
+    return "\n".join(lines + ["", "No usable baseline: nothing to compare these scores with."] * no_baseline)
+
+
+def _cells(point: Point) -> list[str]:
+    return [
+        f"{point.trial} (baseline)" if point.baseline else point.trial,
+        str(point.seed),
+        f"{point.score:.4f}",
+        "–" if point.score_drop is None else f"{point.score_drop:+.4f}",
+        f"{point.density:.4f}",
+        "–" if point.density_change is None else f"{100 * point.density_change:+.1f} %",
+        "yes" if point.on_front else "no",
+    ]
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _failures(records: Sequence[Record]) -> str:
+    """Every cause once, most frequent first, with the trials it ended."""
+    causes: dict[str, list[str]] = {}
+    for record in records:
+        if record.status in ("failed", "diverged"):
+            causes.setdefault(f"{record.status}: {first_line(record.cause)}", []).append(record.trial)
+    if not causes:
+        return ""
+    ordered = sorted(causes.items(), key=lambda item: -len(item[1]))
+    lines = [f"- {_cell(cause)[:300]} ({len(trials)}×: {_some(trials)})" for cause, trials in ordered]
+    return "\n".join(["## Trials that did not complete", "", *lines])
+
+
+def _some(trials: Sequence[str]) -> str:
+    return ", ".join(trials[:5]) + (", …" if len(trials) > 5 else "")
+
+
+def _time_split(records: Sequence[Record]) -> str:
+    complete = [record for record in records if record.status == "complete"]
+    spent = {"wall_s": [record.wall_s for record in complete if record.wall_s == record.wall_s]}
+    for name in ("startup_s", "train_s", "eval_s"):
+        spent[name] = [record.times[name] for record in complete if name in record.times]
+    rows = [_line([words, f"{median(spent[name]):.1f}"]) for name, words in _TIMES if spent[name]]
+    if not rows:
+        return ""
+    return "\n".join(["## Time of a trial", "", _line(["part", "median, s"]), _line(["---", "---"]), *rows])
+
+
+def _files(tracking_uri: str) -> str:
+    lines = ["## More", "", "- [front.csv](front.csv): the fronts of all tasks with every setting that varies"]
+    lines += ["- [records.jsonl](records.jsonl): one line per ended trial"]
+    if tracking_uri.startswith(("http://", "https://", "databricks")):
+        lines += [f"- MLflow: {tracking_uri}"]
+    elif tracking_uri:
+        lines += [f"- MLflow: `mlflow ui --backend-store-uri {shlex.quote(os.fspath(tracking_uri))}`"]
+    return "\n".join(lines)

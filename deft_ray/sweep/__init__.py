@@ -1,0 +1,1 @@
+"""The sweep: dispatcher, hosts, searcher, runner."""

@@ -1,0 +1,124 @@
+"""From rows to token ids: text-to-text for encoder-decoders, pairs and a label for encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from deft_ray.spec.catalog import TASKS, Task
+from deft_ray.tasks.rows import Row
+
+#: STS-B's answers in words, as T5 was trained on them: 0.0, 0.2 … 5.0.
+_STSB_STEPS = 26
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready for a batch.
+
+    Args:
+        input_ids: Tokens of the source text or pair.
+        target_ids: Tokens of the answer, with end of sequence; empty for encoders.
+        label: Class number, regression value, or index among the candidates; -1 for questions.
+        answers: Gold answers of a question.
+    """
+
+    input_ids: list[int]
+    target_ids: list[int]
+    label: float
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's two splits in tokens.
+
+    Args:
+        task: The task.
+        train: Training examples.
+        validation: Validation examples.
+        candidates: Token ids of every possible answer of a text-to-text classification; empty elsewhere.
+        values: What each candidate is worth: class numbers, or STS-B's similarities.
+    """
+
+    task: Task
+    train: list[Example]
+    validation: list[Example]
+    candidates: list[list[int]]
+    values: list[float]
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of an encoder's head."""
+        return len(self.task.labels) or 1
+
+
+def answer_words(task: Task) -> tuple[str, ...]:
+    """Return every answer a text-to-text model may choose from; empty for questions."""
+    if task.kind == "regression":
+        return tuple(f"{step / 5:.1f}" for step in range(_STSB_STEPS))
+    return task.labels
+
+
+def encode_task(
+    task_name: str,
+    train: list[Row],
+    validation: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_to_text: bool,
+    max_source_tokens: int,
+    max_target_tokens: int,
+) -> EncodedTask:
+    """Tokenise both splits.
+
+    Args:
+        task_name: Key of :data:`~deft_ray.spec.catalog.TASKS`.
+        train: Training rows.
+        validation: Validation rows.
+        tokenizer: The base's tokenizer.
+        text_to_text: Whether answers are words.
+        max_source_tokens: Sources are cut to so many tokens.
+        max_target_tokens: Answers are cut to so many tokens.
+    """
+    task = TASKS[task_name]
+    words = answer_words(task) if text_to_text else ()
+    candidates = tokenizer(list(words))["input_ids"] if words else []
+    values = [index / 5 for index in range(len(words))] if task.kind == "regression" else [*map(float, range(len(words)))]
+
+    def encode(rows: list[Row]) -> list[Example]:
+        if not text_to_text:
+            return _encode_pairs(task, rows, tokenizer, max_source_tokens)
+        return _encode_words(task, rows, tokenizer, candidates, max_source_tokens, max_target_tokens)
+
+    return EncodedTask(task, encode(train), encode(validation), candidates, values)
+
+
+def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
+    texts = [[row[column] for row in rows] for column in task.columns]
+    ids = tokenizer(*texts, truncation=True, max_length=length)["input_ids"]
+    return [Example(source, [], float(row["label"])) for source, row in zip(ids, rows, strict=True)]
+
+
+def _encode_words(
+    task: Task,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: list[list[int]],
+    source_length: int,
+    target_length: int,
+) -> list[Example]:
+    prompts = [task.prompt.format(**{column: row[column] for column in task.columns}) for row in rows]
+    sources = tokenizer(prompts, truncation=True, max_length=source_length)["input_ids"]
+    if task.kind == "question":
+        golds = [tuple(row["answers"]["text"]) for row in rows]
+        firsts = tokenizer([gold[0] for gold in golds], truncation=True, max_length=target_length)["input_ids"]
+        return [
+            Example(source, first, -1.0, gold) for source, first, gold in zip(sources, firsts, golds, strict=True)
+        ]
+    indices = [round(row["label"] * 5) if task.kind == "regression" else row["label"] for row in rows]
+    return [
+        Example(source, candidates[index], float(row["label"]))
+        for source, index, row in zip(sources, indices, rows, strict=True)
+    ]

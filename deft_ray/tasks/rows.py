@@ -1,0 +1,98 @@
+"""Rows of a task: from the nano generator, a folder of parquet files, or the hub."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from deft_ray.errors import SetupError
+from deft_ray.spec.catalog import TASKS, Task
+
+Row = dict[str, Any]
+
+_HUB = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad"}
+_NANO_ROWS = {"train": 2000, "validation": 500}
+
+
+def parquet_file(task: Task, split: str, folder: Path) -> Path:
+    """Return where a task's split lies in a data folder: ``glue/sst2/train.parquet``, ``squad/train.parquet``."""
+    place = folder / task.source / task.name if task.source == "glue" else folder / task.source
+    return place / f"{split}.parquet"
+
+
+def check_data_folder(tasks: list[str], folder: Path) -> None:
+    """Check that every task has both splits with their columns.
+
+    Raises:
+        SetupError: Naming every file or column that is missing.
+    """
+    import pyarrow.parquet as pq
+
+    faults = []
+    for task in (TASKS[name] for name in tasks):
+        if task.source == "nano":
+            continue
+        for split in ("train", task.validation):
+            file = parquet_file(task, split, folder)
+            if not file.is_file():
+                faults.append(f"{file}: data.dir: no such file; the task '{task.name}' needs this split")
+                continue
+            needed = [*task.columns, "answers" if task.kind == "question" else "label"]
+            lacking = [column for column in needed if column not in pq.read_schema(file).names]
+            if lacking:
+                faults.append(f"{file}: data.dir: lacks the column {', '.join(lacking)}; needs {', '.join(needed)}")
+    if faults:
+        raise SetupError("\n".join(faults))
+
+
+def load_rows(task_name: str, split: str, folder: str | None, limit: int | None) -> list[Row]:
+    """Load one split.
+
+    Args:
+        task_name: Key of :data:`~deft_ray.spec.catalog.TASKS`.
+        split: ``train`` or ``validation`` (the task's own validation split).
+        folder: Data folder, or None for the hub; nano tasks need neither.
+        limit: At most so many rows, the same ones every time; None for all (nano: 2,000 and 500).
+
+    Raises:
+        SetupError: If the split is not to be had, or holds rows without a label.
+    """
+    task = TASKS[task_name]
+    if task.source == "nano":
+        from deft_ray.nano.tasks import generate
+
+        return generate(task_name, split, limit or _NANO_ROWS[split])
+    name = task.validation if split == "validation" else split
+    rows = _from_hub(task, name) if folder is None else _from_folder(task, name, Path(folder))
+    if limit is not None and limit < len(rows):
+        rows = random.Random(f"{task_name} {split}").sample(rows, limit)
+    if task.kind == "classification" and any(not 0 <= row["label"] < len(task.labels) for row in rows):
+        raise SetupError(f"{task_name}: {split}: rows without a label (label -1); needs a labelled split")
+    if not rows:
+        raise SetupError(f"{task_name}: {split}: no rows")
+    return rows
+
+
+def _from_folder(task: Task, split: str, folder: Path) -> list[Row]:
+    import pyarrow.parquet as pq
+
+    file = parquet_file(task, split, folder)
+    if not file.is_file():
+        raise SetupError(f"{file}: no such file; the task '{task.name}' needs this split")
+    rows: list[Row] = pq.read_table(file).to_pylist()
+    return rows
+
+
+def _from_hub(task: Task, split: str) -> list[Row]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    name = task.name if task.source == "glue" else None
+    try:
+        return list(datasets.load_dataset(_HUB[task.source], name, split=split))
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"{task.name}: the data set {_HUB[task.source]} cannot be had from the hub ({error}); "
+            "give a folder of parquet files with data.dir"
+        ) from error

@@ -1,0 +1,56 @@
+"""Scores of a whole validation set, by torchmetrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef
+from torchmetrics.functional.text import squad
+
+
+def score_labels(metrics: Sequence[str], predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
+    """Score classes or values.
+
+    Args:
+        metrics: Any of ``accuracy``, ``f1``, ``matthews``, ``pearson``, ``spearman``.
+        predictions: Class numbers or values.
+        labels: The same, true.
+
+    Returns:
+        Fractions by metric. A correlation that does not exist, as one side is constant, is 0.
+    """
+    predicted, true = torch.tensor(predictions, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        if metric == "accuracy":
+            scores[metric] = int((predicted == true).sum()) / len(predicted)
+        elif metric in ("pearson", "spearman"):
+            correlation = pearson_corrcoef if metric == "pearson" else spearman_corrcoef
+            constant = bool((predicted == predicted[0]).all() or (true == true[0]).all())
+            scores[metric] = 0.0 if constant else float(correlation(predicted, true))
+        else:
+            function = {"f1": binary_f1_score, "matthews": binary_matthews_corrcoef}[metric]
+            scores[metric] = float(function(predicted.long(), true.long()))
+    return {metric: value if math.isfinite(value) else 0.0 for metric, value in scores.items()}
+
+
+def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Score answers to questions as SQuAD v1.1 does.
+
+    Args:
+        predictions: One answer per question.
+        answers: Gold answers per question; the best match counts.
+
+    Returns:
+        ``f1_words`` and ``exact_match``, fractions.
+    """
+    found = [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)]
+    wanted = [
+        {"answers": {"text": list(gold), "answer_start": [0] * len(gold)}, "id": str(index)}
+        for index, gold in enumerate(answers)
+    ]
+    result = squad(found, wanted)
+    return {"f1_words": float(result["f1"]) / 100, "exact_match": float(result["exact_match"]) / 100}

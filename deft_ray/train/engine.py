@@ -1,0 +1,105 @@
+"""A DeepSpeed engine around one slot's trainable parameters, and nothing else.
+
+The engine sees the adapter and the head only. The frozen base is called, but not registered: DeepSpeed neither
+broadcasts nor casts nor saves it, so an engine costs what the adapter costs.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+_SILENT = 10**9
+
+
+class SlotModule(nn.Module):
+    """What DeepSpeed takes for the whole model: the trainable parameters of a slot.
+
+    Args:
+        model: The PEFT model; called in ``forward``, kept out of the module tree.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._hidden = (model,)
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.names = [name for name, _ in named]
+        self.trainable = nn.ParameterList([parameter for _, parameter in named])
+
+    def forward(self, **batch: Any) -> Any:
+        """Call the PEFT model."""
+        return self._hidden[0](**batch)
+
+    def train(self, mode: bool = True) -> SlotModule:
+        """Set dropout on or off in the hidden model too."""
+        self._hidden[0].train(mode)
+        super().train(mode)
+        return self
+
+
+def build_engine(
+    module: SlotModule,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    accumulation: int,
+    learning_rate: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    zero_stage: int,
+) -> Any:
+    """Build a DeepSpeed engine with AdamW; needs an initialised process group.
+
+    Args:
+        module: The slot's trainable parameters, float32.
+        batch_size: Examples per step over all workers.
+        micro_batch_size: Examples per forward pass and worker.
+        accumulation: Forward passes per step.
+        learning_rate: First learning rate; set per step through :func:`set_learning_rate`.
+        weight_decay: AdamW's.
+        max_grad_norm: Clip the gradient's global norm to this; 0 for never. DeepSpeed's silent default is 1.
+        zero_stage: 0, 1 or 2.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    config = {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": _SILENT,
+    }
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def learning_rate_at(step: int, *, peak: float, steps: int, warmup_share: float, schedule: str) -> float:
+    """Learning rate of one step.
+
+    Args:
+        step: From 0.
+        peak: Highest rate.
+        steps: Steps in all.
+        warmup_share: Share of the steps in which the rate rises linearly to its peak.
+        schedule: ``linear`` falls to 0 after the last step, ``constant`` stays.
+    """
+    warmup = int(warmup_share * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * (steps - step) / max(1, steps - warmup)

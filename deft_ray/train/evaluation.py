@@ -1,0 +1,179 @@
+"""Evaluate a slot: exact density and the task's score over the whole validation split and all ranks.
+
+Text-to-text classes are scored by likelihood: the answer whose tokens are most likely wins, nothing is generated. The
+decoder runs once over all candidate answers; density counts the rows of the true answer only, which is what teacher
+forcing sees. Questions are answered by greedy generation; density is counted under teacher forcing beside it.
+
+Shape suffixes: B batch, C candidates, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from deft_ray.density.counts import DensityCounts
+from deft_ray.density.probe import DensityProbe
+from deft_ray.models.base import Base
+from deft_ray.tasks.encoding import EncodedTask, Example
+from deft_ray.tasks.scoring import score_answers, score_labels
+from deft_ray.train.batches import IGNORED, pad, source_tensors
+from deft_ray.train.ranks import Ranks
+
+Prediction = float | str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, over all ranks.
+
+    Args:
+        scores: Fractions by metric, the task's own first.
+        counts: Exact counts per layer.
+    """
+
+    scores: dict[str, float]
+    counts: DensityCounts
+
+    def row(self) -> dict[str, Any]:
+        """Return the fields of a record that an evaluation fills."""
+        score_metric, score = next(iter(self.scores.items()))
+        return {
+            "score": score,
+            "score_metric": score_metric,
+            "extra_scores": {key: value for key, value in self.scores.items() if key != score_metric},
+            "density": self.counts.density(),
+            "density_encoder": self.counts.density("encoder"),
+            "density_decoder": self.counts.density("decoder"),
+            "density_paper": self.counts.density_paper(),
+            "density_at_tau": self.counts.density_at_tau(),
+            "density_layers": self.counts.density_layers(),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates one slot's model.
+
+    Args:
+        base: The base under it.
+        model: The PEFT model.
+        probe: Counts its activations.
+        data: The task.
+        ranks: Workers; whole batches are dealt out among them.
+        batch_size: Examples per forward pass and worker.
+        max_new_tokens: Longest generated answer.
+        source_length: Pad sources to this; to the longest of a batch if None.
+    """
+
+    base: Base
+    model: PeftModel
+    probe: DensityProbe
+    data: EncodedTask
+    ranks: Ranks
+    batch_size: int
+    max_new_tokens: int
+    source_length: int | None = None
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Evaluate on the validation split; every rank gets the whole result."""
+        self.model.eval()
+        counts = DensityCounts.empty(self.probe.names)
+        mine: dict[int, Prediction] = {}
+        for indices in self._my_batches():
+            examples = [self.data.validation[index] for index in indices]
+            mine.update(zip(indices, self._predict(examples, counts), strict=True))
+        self.model.train()
+        counts.rows = self.ranks.total(counts.rows)
+        predictions = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
+        return Evaluation(self._score(predictions), counts)
+
+    def _my_batches(self) -> Iterator[list[int]]:
+        """Batches of like length, longest first; batch i belongs to rank i modulo world."""
+        validation = self.data.validation
+        order = sorted(range(len(validation)), key=lambda index: (-len(validation[index].input_ids), index))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        yield from batches[self.ranks.rank :: self.ranks.world]
+
+    def _score(self, predictions: dict[int, Prediction]) -> dict[str, float]:
+        task = self.data.task
+        ordered = [predictions[index] for index in range(len(self.data.validation))]
+        if task.kind == "question":
+            scores = score_answers([str(text) for text in ordered], [e.answers for e in self.data.validation])
+            return {metric: scores[metric] for metric in (task.metric, *task.extra_metrics)}
+        labels = [example.label for example in self.data.validation]
+        return score_labels((task.metric, *task.extra_metrics), [float(value) for value in ordered], labels)
+
+    def _predict(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
+        source = source_tensors(examples, self._pad_id, self.source_length, self.ranks.device)
+        masks = {"encoder": source["attention_mask"]}
+        if not self.base.family.text_to_text:
+            with self.probe.counting(counts, masks):
+                logits = self.model(**source).logits.float()
+            return [float(v) for v in (logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(dim=-1))]
+        with self.probe.counting(counts, masks):
+            encoded = self.base.model.get_encoder()(**source)
+        if self.data.task.kind == "question":
+            return self._generate(examples, source["attention_mask"], encoded, counts)
+        return self._choose(examples, source["attention_mask"], encoded, counts)
+
+    def _choose(self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts) -> list[Prediction]:
+        """Score every candidate answer of every row; take the likeliest class, or the expected value."""
+        width, rows = len(self.data.candidates), len(examples)
+        labels = pad(self.data.candidates, IGNORED).to(self.ranks.device).repeat(rows, 1)
+        gold = torch.tensor([self.data.candidates.index(example.target_ids) for example in examples])
+        is_gold = torch.nn.functional.one_hot(gold, width).reshape(-1, 1).to(labels.device)
+        with self.probe.counting(counts, {"decoder": (labels != IGNORED).long() * is_gold}):
+            logits = self.model(
+                encoder_outputs=BaseModelOutput(encoded.last_hidden_state.repeat_interleave(width, dim=0)),
+                attention_mask=mask_BT.repeat_interleave(width, dim=0),
+                labels=labels,
+            ).logits
+        likelihood_BC = token_log_likelihood(logits, labels).reshape(rows, width)
+        values = torch.tensor(self.data.values, device=likelihood_BC.device)
+        if self.data.task.kind == "regression":
+            return [float(value) for value in (likelihood_BC.softmax(dim=-1) * values).sum(dim=-1)]
+        return [float(value) for value in values[likelihood_BC.argmax(dim=-1)]]
+
+    def _generate(self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts) -> list[Prediction]:
+        labels = pad([example.target_ids for example in examples], IGNORED).to(self.ranks.device)
+        with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
+            self.model(encoder_outputs=encoded, attention_mask=mask_BT, labels=labels)
+        tokens = self.base.model.generate(
+            encoder_outputs=encoded,
+            attention_mask=mask_BT,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+        )
+        texts: list[Prediction] = list(self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        return texts
+
+    @property
+    def _pad_id(self) -> int:
+        pad_id = self.base.tokenizer.pad_token_id
+        return 0 if pad_id is None else int(pad_id)
+
+
+def token_log_likelihood(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum of the log-probabilities of each row's labels.
+
+    Args:
+        logits_BTV: Decoder logits.
+        labels_BT: Token ids; -100 where there is none.
+
+    Returns:
+        (B,) float32.
+    """
+    keep = labels_BT != IGNORED
+    log_BTV = logits_BTV.float().log_softmax(dim=-1)
+    chosen_BT = log_BTV.gather(-1, labels_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (chosen_BT * keep).sum(dim=-1)

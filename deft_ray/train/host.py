@@ -1,0 +1,266 @@
+"""The host loop: one frozen base, one trial after another, until there are no more.
+
+Runs on every worker of a host alike. Rank 0 takes trials from an inbox and sends rows back; what the inbox is (the
+sweep's dispatcher, a list in a test) this room does not know.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import platform
+import resource
+import time
+import traceback
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+
+from deft_ray.models.base import Base
+from deft_ray.spec.schema import DataSection, TrialSpec
+from deft_ray.tasks.encoding import EncodedTask, encode_task
+from deft_ray.tasks.rows import load_rows
+from deft_ray.train.ranks import Ranks
+from deft_ray.train.slot import Slot
+from deft_ray.train.storage import TrialStorage
+
+#: Rows with training losses per trial, about.
+TRAIN_ROWS = 20
+
+_PACKAGES = ("bitsandbytes", "deepspeed", "peft", "ray", "torch", "transformers")
+
+
+class Inbox(Protocol):
+    """Where trials come from and rows go to."""
+
+    def next_trial(self) -> TrialSpec | None:
+        """Wait for a trial; None ends the host. Asked on rank 0 only."""
+
+    def stop_requested(self) -> bool:
+        """Tell at once whether the running trial is to stop. Asked on rank 0 only."""
+
+    def send(self, row: dict[str, Any]) -> None:
+        """Send a row of the running trial; called on rank 0, and by a rank that fails alone."""
+
+
+@dataclass
+class _Clock:
+    """Seconds by purpose, carried over a resume."""
+
+    startup_s: float = 0.0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    save_s: float = 0.0
+
+
+class Host:
+    """Serves trials on one base.
+
+    Args:
+        base: Loaded base.
+        ranks: The host's workers.
+        inbox: See :class:`Inbox`.
+        checkpoints: Folder or URI of all trials' checkpoints.
+        name: Name of the host in records.
+    """
+
+    def __init__(self, base: Base, ranks: Ranks, inbox: Inbox, checkpoints: str, name: str) -> None:
+        self.base, self.ranks, self.inbox, self.checkpoints, self.name = base, ranks, inbox, checkpoints, name
+        self._tasks: dict[str, EncodedTask] = {}
+
+    def serve(self) -> None:
+        """Take trials until the inbox has no more."""
+        while True:
+            trial = self.ranks.share(self.inbox.next_trial() if self.ranks.leads else None)
+            if trial is None:
+                return
+            self.run(trial)
+
+    def run(self, trial: TrialSpec) -> None:
+        """Run one trial to its last row, whatever becomes of it.
+
+        Raises:
+            Exception: The trial's own, where it failed on some workers only: the group has to be started anew.
+        """
+        started = time.time()
+        try:
+            self._run(trial, started)
+        except Exception as error:
+            cause = traceback.format_exc()
+            alone = not self.ranks.all_failed()
+            if self.ranks.leads or alone:
+                status = "diverged" if isinstance(error, FloatingPointError) else "failed"
+                self.inbox.send(_end_row(status, started, cause=cause))
+            if alone:
+                raise
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _run(self, trial: TrialSpec, started: float) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        slot = Slot(trial, self.base, self._task(trial), self.ranks)
+        try:
+            _Run(self, trial, slot, started).to_end()
+        finally:
+            slot.close()
+
+    def _task(self, trial: TrialSpec) -> EncodedTask:
+        key = f"{trial.task} {trial.data.model_dump_json()}"
+        if key not in self._tasks:
+            self._tasks[key] = load_task(trial.task, trial.data, self.base)
+        return self._tasks[key]
+
+
+def load_task(task: str, data: DataSection, base: Base) -> EncodedTask:
+    """Load and tokenise a task's two splits."""
+    return encode_task(
+        task,
+        load_rows(task, "train", data.dir, data.train_examples),
+        load_rows(task, "validation", data.dir, data.validation_examples),
+        base.tokenizer,
+        text_to_text=base.family.text_to_text,
+        max_source_tokens=data.max_source_tokens,
+        max_target_tokens=data.max_target_tokens,
+    )
+
+
+class _Run:
+    """One trial on its way from the first step to the last row."""
+
+    def __init__(self, host: Host, trial: TrialSpec, slot: Slot, started: float) -> None:
+        self.host, self.trial, self.slot, self.started = host, trial, slot, started
+        self.ranks, self.inbox = host.ranks, host.inbox
+        self.storage = TrialStorage(host.checkpoints, trial.trial, fingerprint(trial))
+        self.clock = _Clock()
+        self.evaluated: dict[str, Any] = {}
+
+    def to_end(self) -> None:
+        self._resume()
+        evaluations = evaluation_steps(self.slot.steps, self.trial.train.evaluations)
+        report_every = max(1, self.slot.steps // TRAIN_ROWS)
+        saved = time.monotonic()
+        self.clock.startup_s += time.time() - self.started
+        while self.slot.done < self.slot.steps:
+            stop = self._step(measure=(self.slot.done + 1) % report_every == 0)
+            if stop:
+                self._end("stopped")
+                return
+            if self.slot.done in evaluations:
+                self._evaluate()
+            if self.ranks.share(time.monotonic() - saved >= self.trial.train.checkpoint_every_s):
+                self._save()
+                saved = time.monotonic()
+        self._end("complete")
+
+    def _resume(self) -> None:
+        latest = self.ranks.share(self.storage.latest() if self.ranks.leads else None)
+        if latest is not None:
+            self.storage.load(latest["step"], self.slot.load)
+            self.clock = _Clock(**latest["clock"])
+            self.evaluated = latest["evaluated"]
+
+    def _step(self, measure: bool) -> bool:
+        """Train one step; True if the trial is to stop. Raises FloatingPointError on every rank if one diverged."""
+        began = time.monotonic()
+        result = self.slot.step(measure)
+        finite = torch.isfinite(torch.tensor(result.task_loss)).item()
+        stop = self.ranks.leads and self.inbox.stop_requested()
+        diverged, stop = map(bool, self.ranks.maximum(int(not finite), int(stop)))
+        self.clock.train_s += time.monotonic() - began
+        if diverged:
+            raise FloatingPointError(f"the loss is not finite at step {self.slot.done}")
+        if measure:
+            assert result.density_loss is not None and result.penalty is not None
+            sums = self.ranks.total(torch.tensor([result.task_loss, result.density_loss, result.penalty]))
+            task_loss, density_loss, penalty = (float(value) for value in sums)
+            self._send(
+                "train",
+                loss=task_loss + penalty,
+                task_loss=task_loss,
+                density_loss=density_loss,
+                learning_rate=result.learning_rate,
+            )
+        return stop
+
+    def _evaluate(self) -> None:
+        began = time.monotonic()
+        self.evaluated = self.slot.evaluate().row()
+        self.clock.eval_s += time.monotonic() - began
+        self._send("eval", **self.evaluated)
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        meta = {"clock": vars(self.clock), "evaluated": self.evaluated}
+        self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
+        self.clock.save_s += time.monotonic() - began
+
+    def _end(self, status: str) -> None:
+        peak = max(self.ranks.gather(peak_memory_gib()))
+        adapter = None
+        if self.ranks.leads and status == "complete":
+            adapter = self.storage.publish_adapter(self.slot.save_adapter)
+        if self.ranks.leads:
+            self.inbox.send(
+                _end_row(
+                    status,
+                    self.started,
+                    **self.evaluated,
+                    adapter=adapter,
+                    steps=self.slot.done,
+                    dtype=self.host.base.dtype,
+                    activation=self.host.base.activation,
+                    trainable_share=self.slot.trainable_share,
+                    peak_memory_gib=peak,
+                    times=vars(self.clock),
+                    host=self.host.name,
+                )
+            )
+        self.ranks.barrier()
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        if self.ranks.leads:
+            self.inbox.send({"kind": kind, "step": self.slot.done, "time": time.time(), **fields})
+
+
+def _end_row(status: str, started: float, **fields: Any) -> dict[str, Any]:
+    now = time.time()
+    return {
+        "kind": "end",
+        "time": now,
+        "status": status,
+        "started_at": started,
+        "ended_at": now,
+        "wall_s": now - started,
+        "versions": versions(),
+        **fields,
+    }
+
+
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """Return the steps after which a trial is evaluated: evenly spread, the last one always."""
+    count = min(evaluations, steps)
+    return {round(steps * (index + 1) / count) for index in range(count)}
+
+
+def fingerprint(trial: TrialSpec) -> str:
+    """Identify a trial's configuration, so that a checkpoint of another is never loaded."""
+    return hashlib.sha256(trial.model_dump_json().encode()).hexdigest()[:16]
+
+
+def peak_memory_gib() -> float:
+    """Peak memory: of the GPU in this trial, or of this process since it started."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """Versions of what computes, as they stand in records."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}

@@ -1,0 +1,227 @@
+"""The figure's data by equality, its drawings by opening them again."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_ray.errors import RecordsError
+from deft_ray.results.figures import FrontFigure, Mark, draw_html, draw_png, front_figure_data, short, write_csv
+from deft_ray.results.records import Record
+
+
+def make_record(trial: str, score: float | None, density: float | None, **changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "task": "squad",
+        "seed": 0,
+        "baseline": False,
+        "status": "complete",
+        "score_metric": "f1",
+        "dtype": "bfloat16",
+        "activation": "gelu_new",
+        "config": {"model.name": "google/flan-t5-xl"},
+    }
+    return Record(trial=trial, score=score, density=density, **{**values, **changes})
+
+
+def alpha(value: float) -> dict[str, Any]:
+    return {"model.name": "google/flan-t5-xl", "deft.alpha": value}
+
+
+SWEEP = [
+    make_record("t0", 0.875, 0.5, baseline=True, config=alpha(0.0)),
+    make_record("t1", 0.865, 0.25, config=alpha(0.5)),
+    make_record("t2", 0.5, 0.125, config=alpha(1.0)),
+    make_record("t3", 0.865, 0.375, config=alpha(0.25)),
+    make_record("t4", None, None, status="failed", cause="ValueError: no", config=alpha(9.0)),
+    make_record("t5", 0.9, 0.1, status="stopped", config=alpha(2.0)),
+    make_record("x0", 0.5, 0.5, task="rte", dtype="float32"),
+]
+
+CASES = {
+    "many": (SWEEP, 0.02),
+    "one": (SWEEP[:1], 0.02),
+    "none": ([], None),
+    "all failed": ([SWEEP[4]], 0.02),
+    "all equal": ([make_record(f"t{i}", 0.5, 0.5) for i in range(3)], None),
+    "seeds": ([make_record(f"t{i}", 0.5 + i / 100, 0.5, seed=i, baseline=True) for i in range(3)], 0.02),
+    "odd names": ([make_record("<b>$t_1$</b></script>", 0.5, 0.5, config={"model.name": "$x_{" * 40})], None),
+}
+
+
+def detail(*, trial: str, score: str, density: str, drop: str, change: str, value: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("trial", trial),
+        ("seed", "0"),
+        ("score", score),
+        ("density", density),
+        ("score drop", drop),
+        ("density change", change),
+        ("deft.alpha", value),
+    )
+
+
+def test_data_of_a_sweep() -> None:
+    assert front_figure_data(SWEEP, "squad", 0.02) == FrontFigure(
+        task="squad",
+        title="squad, google/flan-t5-xl, bfloat16, gelu_new",
+        x_label="density, fraction of non-zero MLP activations ↓",
+        y_label="f1 ↑",
+        caption="4 of 6 trials drawn, 2 on the front, 1 infeasible (score drop above 0.02), 1 failed, 1 stopped. "
+        "Hypervolume 0.6538.",
+        marks=(
+            Mark("t0", 0, 0.5, 0.875, "baseline", True, detail(trial="t0", score="0.8750", density="0.5000",
+                 drop="+0.0000", change="+0.0 %", value="0")),
+            Mark("t1", 0, 0.25, 0.865, "front", True, detail(trial="t1", score="0.8650", density="0.2500",
+                 drop="+0.0100", change="+50.0 %", value="0.5")),
+            Mark("t2", 0, 0.125, 0.5, "infeasible", False, detail(trial="t2", score="0.5000", density="0.1250",
+                 drop="+0.3750", change="+75.0 %", value="1")),
+            Mark("t3", 0, 0.375, 0.865, "dominated", False, detail(trial="t3", score="0.8650", density="0.3750",
+                 drop="+0.0100", change="+25.0 %", value="0.25")),
+        ),
+        stairs=((0.25, 0.865), (0.5, 0.865), (0.5, 0.875)),
+        score_limit=0.875 - 0.02,
+        table=(
+            ("task", "trial", "seed", "density", "score", "density_change", "score_drop", "on_front", "role",
+             "deft.alpha"),
+            ("squad", "t0", 0, 0.5, 0.875, 0.0, 0.0, True, "baseline", 0.0),
+            ("squad", "t1", 0, 0.25, 0.865, 0.5, 0.875 - 0.865, True, "front", 0.5),
+            ("squad", "t2", 0, 0.125, 0.5, 0.75, 0.375, False, "infeasible", 1.0),
+            ("squad", "t3", 0, 0.375, 0.865, 0.25, 0.875 - 0.865, False, "dominated", 0.25),
+        ),
+    )  # fmt: skip
+
+
+def test_data_of_nothing() -> None:
+    figure = front_figure_data([], "squad")
+    assert (figure.title, figure.y_label, figure.marks, figure.stairs) == ("squad", "score ↑", (), ())
+    assert figure.caption == "0 of 0 trials drawn, 0 on the front. Hypervolume 0.0000."
+
+
+def test_several_baselines_have_no_common_limit() -> None:
+    records, limit = CASES["seeds"]
+    assert front_figure_data(records, "squad", limit).score_limit is None
+
+
+def test_a_task_without_a_baseline_says_so() -> None:
+    caption = front_figure_data([make_record("t0", 0.5, 0.5)], "squad", 0.01).caption
+    assert caption.endswith("No usable baseline: the score limit is not applied.")
+
+
+def test_a_complete_trial_without_a_number_is_counted() -> None:
+    caption = front_figure_data([make_record("t0", None, 0.5)], "squad").caption
+    assert "0 of 1 trials drawn" in caption
+    assert "1 without a finite score or density" in caption
+
+
+def test_equal_points_make_one_corner() -> None:
+    records, _ = CASES["all equal"]
+    figure = front_figure_data(records, "squad")
+    assert figure.stairs == ((0.5, 0.5),)
+    assert len(figure.marks) == 3
+
+
+def test_a_local_model_is_named_by_its_folder() -> None:
+    records = [make_record("t0", 0.5, 0.5, config={"model.path": "/models/flan-t5-xl"})]
+    assert front_figure_data(records, "squad").title == "squad, flan-t5-xl, bfloat16, gelu_new"
+    assert front_figure_data(records, "squad", model="mine").title == "squad, mine, bfloat16, gelu_new"
+
+
+def test_two_dtypes_are_refused() -> None:
+    records = [make_record("t0", 0.5, 0.5), make_record("t1", 0.5, 0.5, dtype="float32")]
+    with pytest.raises(RecordsError, match="task squad: measured in more than one dtype"):
+        front_figure_data(records, "squad")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_png_opens_and_is_not_blank(case: str, tmp_path: Path) -> None:
+    from matplotlib import image
+
+    records, limit = CASES[case]
+    path = draw_png(front_figure_data(records, "squad", limit), tmp_path / "pareto.png")
+    pixels = image.imread(path)
+    assert pixels.shape == (810, 1080, 4)
+    assert pixels.std() > 0.01
+    assert [p.name for p in tmp_path.iterdir()] == ["pareto.png"]
+
+
+def test_png_leaves_no_global_state(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import _pylab_helpers
+
+    before = dict(matplotlib.rcParams)
+    draw_png(front_figure_data(SWEEP, "squad", 0.02), tmp_path / "pareto.png")
+    assert dict(matplotlib.rcParams) == before
+    assert not _pylab_helpers.Gcf.figs
+
+
+def test_png_is_the_same_each_time(tmp_path: Path) -> None:
+    figure = front_figure_data(SWEEP, "squad", 0.02)
+    assert draw_png(figure, tmp_path / "a.png").read_bytes() == draw_png(figure, tmp_path / "b.png").read_bytes()
+
+
+def plot_json(page: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Traces and layout of the ``Plotly.newPlot(id, data, layout, ...)`` call of a page."""
+    start = re.search(r'Plotly\.newPlot\(\s*"front",\s*', page)
+    assert start
+    traces, end = json.JSONDecoder().raw_decode(page, start.end())
+    layout, _ = json.JSONDecoder().raw_decode(page, page.index("{", end))
+    return traces, layout
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_html_holds_every_mark(case: str, tmp_path: Path) -> None:
+    records, limit = CASES[case]
+    figure = front_figure_data(records, "squad", limit)
+    traces, layout = plot_json(draw_html(figure, tmp_path / "pareto.html").read_text())
+    drawn = {
+        (x, y) for trace in traces if "markers" in trace["mode"] for x, y in zip(trace["x"], trace["y"], strict=True)
+    }
+    assert drawn == {(mark.density, mark.score) for mark in figure.marks}
+    assert layout["xaxis"]["title"]["text"] == figure.x_label
+    assert layout["yaxis"]["title"]["text"] == figure.y_label
+    assert bool(layout["annotations"]) is (not figure.marks)
+
+
+def test_html_opens_without_a_network(tmp_path: Path) -> None:
+    page = draw_html(front_figure_data(SWEEP, "squad", 0.02), tmp_path / "pareto.html").read_text()
+    assert len(page) > 1_000_000
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    assert "4 of 6 trials drawn" in page
+
+
+def test_html_shows_settings_and_escapes_names(tmp_path: Path) -> None:
+    traces, _ = plot_json(draw_html(front_figure_data(SWEEP, "squad", 0.02), tmp_path / "a.html").read_text())
+    (own,) = (trace for trace in traces if trace["name"] == "on the front")
+    assert "deft.alpha: <b>0.5</b>" in own["hovertext"][0]
+    page = draw_html(front_figure_data(CASES["odd names"][0], "squad"), tmp_path / "b.html").read_text()
+    assert "</b></script>" not in page
+    assert "&lt;b&gt;$t_1$&lt;/b&gt;" in plot_json(page)[0][-1]["hovertext"][0]
+
+
+def test_csv_is_the_table(tmp_path: Path) -> None:
+    figure = front_figure_data(SWEEP, "squad", 0.02)
+    rows = list(csv.reader(write_csv(figure, tmp_path / "pareto.csv").read_text().splitlines()))
+    assert rows == [[str(cell) for cell in row] for row in figure.table]
+
+
+def test_a_figure_is_a_value() -> None:
+    figure = front_figure_data(SWEEP, "squad", 0.02)
+    assert figure == front_figure_data(list(SWEEP), "squad", 0.02)
+    assert figure != dataclasses.replace(figure, caption="")
+    assert isinstance(hash(figure), int)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.123456, "0.1235"), (1e-05, "1e-05"), (None, "–"), (True, "True"), (8, "8"), ("a " * 50, "a " * 28 + "a a…")],
+)
+def test_short(value: Any, expected: str) -> None:
+    assert len(short(value)) <= 60
+    assert short(value) == expected

@@ -1,0 +1,288 @@
+"""Dominance and hypervolume against brute force, staircases and closed forms; feasibility and comparison by hand."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_ray.errors import RecordsError
+from deft_ray.results.front import (
+    Point,
+    front,
+    hypervolume,
+    hypervolume_history,
+    is_feasible,
+    points,
+    varying,
+    write_front_csv,
+)
+from deft_ray.results.records import Record
+
+SEEDS = range(40)
+
+
+def make_record(trial: str, score: float | None, density: float | None, **changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "task": "rte",
+        "seed": 0,
+        "baseline": False,
+        "status": "complete",
+        "score_metric": "accuracy",
+        "dtype": "bfloat16",
+        "activation": "relu",
+        "config": {},
+    }
+    return Record(trial=trial, score=score, density=density, **{**values, **changes})
+
+
+def make_point(trial: str, score: float | None, density: float | None, **changes: Any) -> Point:
+    values: dict[str, Any] = {"task": "rte", "seed": 0, "status": "complete", "baseline": False}
+    return Point(trial=trial, score=score, density=density, **{**values, **changes})
+
+
+def random_points(seed: int) -> list[Point]:
+    """Points on a coarse grid, so that ties and duplicates abound, some of them not numbers, some not eligible."""
+    rng = random.Random(seed)
+    grid = rng.choice([2, 4, 10, 1000])
+    odd = [None, math.nan, math.inf, -math.inf]
+    made = []
+    for index in range(rng.randrange(0, 40)):
+        score, density = (rng.randint(0, grid) / grid, rng.randint(0, grid) / grid)
+        if rng.random() < 0.15:
+            score, density = rng.choice([(rng.choice(odd), density), (score, rng.choice(odd))])  # type: ignore[assignment]
+        status = rng.choice(["complete"] * 6 + ["failed", "diverged", "stopped"])
+        made.append(make_point(f"t{index:04d}", score, density, status=status, feasible=rng.random() < 0.8))
+    return made
+
+
+def is_candidate(point: Point) -> bool:
+    numbers = (point.score, point.density)
+    return point.status == "complete" and point.feasible and all(n is not None and math.isfinite(n) for n in numbers)
+
+
+def dominates(a: Point, b: Point) -> bool:
+    return a.score >= b.score and a.density <= b.density and (a.score, a.density) != (b.score, b.density)  # type: ignore[operator]
+
+
+def staircase(made: list[Point], ref: tuple[float, float]) -> float:
+    """Area below the best score so far, swept from low density to the reference."""
+    inside = sorted((p.density, p.score) for p in made if p.density < ref[1] and p.score > ref[0])  # type: ignore[operator]
+    area, best = 0.0, ref[0]
+    for (density, score), (following, _) in itertools.pairwise([*inside, (ref[1], 0.0)]):
+        best = max(best, score)
+        area += (best - ref[0]) * (following - density)
+    return area
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_front_against_brute_force(seed: int) -> None:
+    made = random_points(seed)
+    able = [p for p in made if is_candidate(p)]
+    expected = {p.trial for p in able if not any(dominates(q, p) for q in able)}
+    chosen = front(made)
+    assert {p.trial for p in chosen} == expected
+    assert len(chosen) == len(expected)
+    assert [(p.density, p.trial) for p in chosen] == sorted((p.density, p.trial) for p in chosen)
+    assert all(p.on_front for p in chosen)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("ref", [(0.0, 1.0), (0.25, 0.75)])
+def test_hypervolume_against_the_staircase(seed: int, ref: tuple[float, float]) -> None:
+    made = random_points(seed)
+    expected = staircase([p for p in made if is_candidate(p)], ref)
+    assert hypervolume(made, ref) == pytest.approx(expected, abs=1e-12)
+    assert hypervolume(front(made), ref) == pytest.approx(expected, abs=1e-12)
+
+
+def test_hypervolume_by_hand() -> None:
+    # widths 0.2, 0.3, 0.3 (from densities 0.2, 0.4, 0.7 to 1) under scores 0.5, 0.8, 0.9
+    made = [make_point("a", 0.5, 0.2), make_point("b", 0.8, 0.4), make_point("c", 0.9, 0.7), make_point("d", 0.6, 0.5)]
+    assert hypervolume(made) == pytest.approx(0.2 * 0.5 + 0.3 * 0.8 + 0.3 * 0.9)
+
+
+@pytest.mark.parametrize(
+    ("score", "density", "expected"),
+    [(1.0, 0.0, 1.0), (0.5, 0.5, 0.25), (-0.2, 0.5, 0.0), (0.0, 0.5, 0.0), (0.5, 1.0, 0.0), (0.5, 1.5, 0.0)],
+)
+def test_hypervolume_of_one_point(score: float, density: float, expected: float) -> None:
+    assert hypervolume([make_point("a", score, density)]) == pytest.approx(expected)
+
+
+def test_nothing_gives_nothing() -> None:
+    assert (front([]), hypervolume([]), points([])) == ([], 0.0, [])
+    assert front([make_point("a", None, 0.5), make_point("b", 0.5, math.nan)]) == []
+
+
+def test_equal_trials_are_all_kept() -> None:
+    chosen = front([make_point("t2", 0.5, 0.5), make_point("t1", 0.5, 0.5), make_point("t0", 0.5, 0.6)])
+    assert [p.trial for p in chosen] == ["t1", "t2"]
+
+
+@pytest.mark.parametrize("function", [front, hypervolume])
+def test_a_front_belongs_to_one_task(function: Any) -> None:
+    with pytest.raises(ValueError, match=r"^a front belongs to one task \(got rte, sst2\)$"):
+        function([make_point("a", 1.0, 0.5), make_point("b", 1.0, 0.5, task="sst2")])
+
+
+def test_comparison_with_the_baseline_of_the_same_task_and_seed() -> None:
+    records = [
+        make_record("t0", 0.80, 0.50, baseline=True),
+        make_record("t1", 0.90, 0.40, baseline=True, seed=1),
+        make_record("t2", 0.70, 0.10, baseline=True, task="sst2"),
+        make_record("t3", 0.79, 0.25),
+        make_record("t4", 0.79, 0.25, seed=1),
+        make_record("t5", 0.75, 0.15, task="sst2"),
+        make_record("t6", 0.75, 0.15, seed=2),
+    ]
+    found = {p.trial: p for p in points(records)}
+    assert (found["t0"].score_drop, found["t0"].density_change) == (0.0, 0.0)
+    assert found["t3"].score_drop == pytest.approx(0.01)
+    assert found["t3"].density_change == pytest.approx(0.5)
+    assert found["t4"].score_drop == pytest.approx(0.11)
+    assert found["t4"].density_change == pytest.approx(0.375)
+    assert found["t5"].score_drop == pytest.approx(-0.05)
+    assert found["t5"].density_change == pytest.approx(-0.5)
+    assert (found["t6"].score_drop, found["t6"].density_change) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        make_record("b", 0.8, 0.5, baseline=True, status="failed"),
+        make_record("b", None, 0.5, baseline=True),
+        make_record("b", 0.8, math.nan, baseline=True),
+        make_record("b", 0.8, 0.5, baseline=True, seed=9),
+    ],
+)
+def test_an_unusable_baseline_compares_with_nothing(baseline: Record) -> None:
+    point = points([baseline, make_record("t", 0.1, 0.1)], max_score_drop=0.01)[1]
+    assert (point.score_drop, point.density_change, point.feasible) == (None, None, True)
+
+
+def test_the_first_usable_baseline_counts() -> None:
+    first, second = make_record("b0", 0.8, 0.5, baseline=True), make_record("b1", 0.9, 0.5, baseline=True)
+    failed = make_record("b2", None, None, baseline=True, status="failed")
+    assert points([failed, first, second, make_record("t", 0.8, 0.5)])[3].score_drop == 0.0
+
+
+def test_a_baseline_of_density_zero_has_no_relative_change() -> None:
+    point = points([make_record("b", 0.8, 0.0, baseline=True), make_record("t", 0.8, 0.1)])[1]
+    assert (point.score_drop, point.density_change) == (0.0, None)
+
+
+def test_score_limit() -> None:
+    records = [
+        make_record("t0", 0.90, 0.50, baseline=True),
+        make_record("t1", 0.89, 0.30),
+        make_record("t2", 0.88, 0.10),
+        make_record("t3", 0.70, 0.40, baseline=True, seed=1),
+    ]
+    found = {p.trial: p for p in points(records, max_score_drop=0.01)}
+    assert [t for t, p in found.items() if p.feasible] == ["t0", "t1", "t3"]
+    assert [t for t, p in found.items() if p.on_front] == ["t0", "t1"]
+    assert [p.trial for p in points(records) if p.on_front] == ["t0", "t1", "t2"]
+
+
+@pytest.mark.parametrize(
+    ("drop", "limit", "expected"),
+    [
+        (0.02, 0.01, False),
+        (0.90 - 0.89, 0.01, True),
+        (0.0101, 0.01, False),
+        (0.0, 0.0, True),
+        (-1.0, 0.0, True),
+        (None, 0.0, True),
+        (9.0, None, True),
+    ],
+)
+def test_is_feasible(drop: float | None, limit: float | None, expected: bool) -> None:
+    assert is_feasible(drop, limit) is expected
+
+
+def test_tasks_have_their_own_fronts() -> None:
+    records = [make_record("t0", 0.9, 0.1), make_record("t1", 0.5, 0.5), make_record("t2", 0.1, 0.9, task="sst2")]
+    assert [p.on_front for p in points(records)] == [True, False, True]
+
+
+def test_stopped_and_failed_trials_stand_on_no_front() -> None:
+    records = [make_record(f"t{i}", 0.9, 0.1, status=s) for i, s in enumerate(["stopped", "failed", "diverged"])]
+    assert not any(p.on_front for p in points(records))
+
+
+def test_two_dtypes_of_one_task_are_refused() -> None:
+    records = [make_record("t0", 0.9, 0.1), make_record("t1", 0.9, 0.1, dtype="float32")]
+    with pytest.raises(RecordsError) as caught:
+        points(records)
+    assert str(caught.value) == (
+        "task rte: measured in more than one dtype (bfloat16, float32); "
+        "exact zeros depend on the dtype, so compare only records of one"
+    )
+
+
+def test_a_dtype_without_a_measurement_does_not_matter() -> None:
+    records = [make_record("t0", 0.9, 0.1), make_record("t1", None, None, status="failed", dtype="float32")]
+    assert len(points(records)) == 2
+    assert len(points([records[0], make_record("t2", 0.9, 0.1, dtype="float32", task="sst2")])) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hypervolume_history_never_falls_and_ends_at_the_whole(seed: int) -> None:
+    rng = random.Random(seed)
+    records = [make_record("b", 0.8, 0.5, baseline=True)]
+    records += [
+        make_record(f"t{i}", rng.random(), rng.random(), task=rng.choice(["rte", "sst2"]), config={}) for i in range(30)
+    ]
+    history = hypervolume_history(records, "rte", max_score_drop=0.3)
+    own = [p for p in points(records, 0.3) if p.task == "rte"]
+    assert len(history) == len(own)
+    assert history == sorted(history)
+    assert history[0] == pytest.approx(0.4)
+    assert history[-1] == pytest.approx(staircase([p for p in own if is_candidate(p)], (0.0, 1.0)))
+
+
+def test_a_failed_trial_repeats_the_value_of_the_history() -> None:
+    records = [make_record("t0", 0.5, 0.5), make_record("t1", None, None, status="failed"), make_record("t2", 1.0, 0.5)]
+    assert hypervolume_history(records, "rte") == pytest.approx([0.25, 0.25, 0.5])
+    assert hypervolume_history(records, "sst2") == []
+
+
+def test_varying_settings_of_the_method_come_first() -> None:
+    configs = [
+        {"adapter.r": 8, "deft.alpha": 0.0, "deft.beta": 20.0, "seed": 0},
+        {"adapter.r": 4, "deft.alpha": 0.1, "deft.beta": 20.0, "seed": 1, "only.here": 1},
+    ]
+    made = [make_point(f"t{i}", 0.5, 0.5, config=config) for i, config in enumerate(configs)]
+    assert varying(made) == ["deft.alpha", "adapter.r", "only.here"]
+    assert varying([]) == []
+
+
+def test_front_csv(tmp_path: Path) -> None:
+    records = [
+        make_record("t0", 0.9, 0.5, baseline=True, config={"deft.alpha": 0.0, "lr": 1e-4}, steps=7),
+        make_record("t1", 0.8, 1 / 3, config={"deft.alpha": 0.1, "lr": 1e-4}),
+        make_record("t2", 0.8, 0.1, task="a,b", config={"deft.alpha": 0.2}),
+    ]
+    found = points(records)
+    fronts = {task: front(p for p in found if p.task == task) for task in ("rte", "a,b")}
+    path = write_front_csv(tmp_path / "run" / "front.csv", fronts)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert list(rows[0])[:7] == ["task", "trial", "seed", "score", "density", "score_drop", "density_change"]
+    assert list(rows[0])[-2:] == ["deft.alpha", "lr"]
+    assert [row["trial"] for row in rows] == ["t1", "t0", "t2"]
+    assert float(rows[0]["density"]) == 1 / 3
+    assert (rows[1]["baseline"], rows[1]["steps"]) == ("True", "7")
+    assert (rows[2]["task"], rows[2]["score_drop"], rows[2]["lr"]) == ("a,b", "", "")
+    assert [p.name for p in path.parent.iterdir()] == ["front.csv"]
+
+
+def test_front_csv_of_nothing_has_its_header(tmp_path: Path) -> None:
+    path = write_front_csv(tmp_path / "front.csv", {})
+    assert path.read_text().startswith("task,trial,seed,score,density,score_drop,density_change")
+    assert len(path.read_text().splitlines()) == 1

@@ -1,0 +1,151 @@
+"""The report's words and links, and the set of files that a sweep leaves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_ray.errors import RecordsError
+from deft_ray.results.records import Record
+from deft_ray.results.report import first_line, write_report, write_results
+
+
+def make_record(trial: str, score: float | None, density: float | None, **changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "task": "squad",
+        "seed": 0,
+        "baseline": False,
+        "status": "complete",
+        "score_metric": "f1",
+        "dtype": "bfloat16",
+        "activation": "gelu_new",
+    }
+    return Record(trial=trial, score=score, density=density, **{**values, **changes})
+
+
+TRACEBACK = "Traceback (most recent call last):\n  File 'x.py', line 1\nValueError: a|b\n"
+
+SWEEP = [
+    make_record("t0", 0.875, 0.5, baseline=True, config={"deft.alpha": 0.0}, wall_s=10.0, times={"train_s": 4.0}),
+    make_record("t1", 0.865, 0.25, config={"deft.alpha": 0.5}, wall_s=30.0, times={"train_s": 8.0, "eval_s": 2.0}),
+    make_record("t2", 0.5, 0.125, config={"deft.alpha": 1.0}, wall_s=float("nan")),
+    make_record("t3", None, None, status="failed", cause=TRACEBACK, times={"train_s": 99.0}),
+    make_record("t4", None, None, status="failed", cause=TRACEBACK),
+    make_record("t5", None, None, status="diverged", cause="loss is nan at step 7"),
+    make_record("u0", 0.25, 0.5, task="glue/cola", seed=1, score_metric="matthews"),
+]
+
+
+def report(tmp_path: Path, records: list[Record], **changes: Any) -> str:
+    values: dict[str, Any] = {"max_score_drop": 0.02, "stop_reason": "all trials ended", "extra": {"GPU hours": 1.5}}
+    return write_report(tmp_path, "glue", records, **{**values, **changes}).read_text()
+
+
+def test_the_table_holds_baseline_and_front(tmp_path: Path) -> None:
+    text = report(tmp_path, SWEEP)
+    rows = [line for line in text.splitlines() if line.startswith("| t")]
+    assert rows == [
+        "| t0 (baseline) | 0 | 0.8750 | +0.0000 | 0.5000 | +0.0 % | yes | 0 |",
+        "| t1 | 0 | 0.8650 | +0.0100 | 0.2500 | +50.0 % | yes | 0.5 |",
+    ]
+    assert "| trial | seed | f1 ↑ | score drop ↓ | density ↓ | density change ↑ | on front | deft.alpha |" in text
+    assert "Trials: 6, 3 complete, of them 1 infeasible and 2 on the front; 3 not complete." in text
+    assert "Hypervolume 0.6538" in text
+
+
+def test_heading(tmp_path: Path) -> None:
+    assert report(tmp_path, SWEEP).splitlines()[:7] == [
+        "# Sweep glue",
+        "",
+        "- Trials: 4 complete, 2 failed, 1 diverged",
+        "- Score limit: a score may be 0.02 below the baseline of its task and seed",
+        "- Ended because: all trials ended",
+        "- GPU hours: 1.5",
+        "",
+    ]
+
+
+def test_causes_come_once_with_their_trials(tmp_path: Path) -> None:
+    text = report(tmp_path, SWEEP)
+    assert "- failed: ValueError: a\\|b (2×: t3, t4)\n- diverged: loss is nan at step 7 (1×: t5)" in text
+    many = [make_record(f"t{i}", None, None, status="failed", cause="no") for i in range(7)]
+    assert "- failed: no (7×: t0, t1, t2, t3, t4, …)" in report(tmp_path, many)
+
+
+def test_times_are_medians_of_complete_trials(tmp_path: Path) -> None:
+    text = report(tmp_path, SWEEP)
+    assert "| training | 6.0 |\n| evaluation | 2.0 |\n| whole trial | 15.0 |" in text
+    assert "start-up" not in text
+
+
+def test_no_records(tmp_path: Path) -> None:
+    text = report(tmp_path, [], max_score_drop=None, stop_reason="", extra={})
+    assert text.startswith("# Sweep glue\n\n- Trials: none\n- Score limit: none\n\n## More")
+
+
+def test_a_task_with_nothing_to_show(tmp_path: Path) -> None:
+    assert "No trial has both a score and a density." in report(tmp_path, [SWEEP[3]])
+    assert "No usable baseline: nothing to compare these scores with." in report(tmp_path, [SWEEP[6]])
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        (
+            "sqlite:////runs/my run/mlflow.db",
+            "- MLflow: `mlflow ui --backend-store-uri 'sqlite:////runs/my run/mlflow.db'`",
+        ),
+        ("http://server:5000", "- MLflow: http://server:5000"),
+    ],
+)
+def test_how_to_open_mlflow(tmp_path: Path, uri: str, line: str) -> None:
+    assert line in report(tmp_path, SWEEP, tracking_uri=uri)
+    assert "MLflow" not in report(tmp_path, SWEEP)
+
+
+def test_write_results_leaves_all_files_and_no_other(tmp_path: Path) -> None:
+    written = write_results(tmp_path / "run", "glue", SWEEP, 0.02, "all trials ended")
+    stems = ["pareto-squad", "pareto-glue-cola"]
+    figures = [f"{stem}.{ending}" for stem in stems for ending in ("html", "png", "csv")]
+    assert [path.name for path in written] == ["front.csv", *figures, "report.md"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in written}
+    links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "run" / "report.md").read_text())
+    assert set(links) - {"records.jsonl"} == {"front.csv", *figures}
+
+
+def test_front_csv_has_every_setting_that_varies_in_the_sweep(tmp_path: Path) -> None:
+    records = [*SWEEP[:2], make_record("t9", 0.1, 0.9, config={"deft.alpha": 0.5, "adapter.r": 4})]
+    text = write_results(tmp_path, "glue", records)[0].read_text()
+    assert text.splitlines()[0].endswith("dtype,deft.alpha,adapter.r")
+
+
+def test_write_results_twice_is_the_same(tmp_path: Path) -> None:
+    first = {path.name: path.read_bytes() for path in write_results(tmp_path, "glue", SWEEP, 0.02)}
+    assert {path.name: path.read_bytes() for path in write_results(tmp_path, "glue", SWEEP, 0.02)} == first
+
+
+def test_write_results_of_nothing(tmp_path: Path) -> None:
+    assert [path.name for path in write_results(tmp_path, "glue", [])] == ["front.csv", "report.md"]
+
+
+def test_two_dtypes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    records = [SWEEP[0], make_record("t9", 0.5, 0.5, dtype="float32")]
+    with pytest.raises(RecordsError, match="task squad: measured in more than one dtype"):
+        write_results(tmp_path / "run", "glue", records)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (None, "no cause recorded"),
+        ("  \n", "no cause recorded"),
+        ("out of memory\nat step 3", "out of memory"),
+        (TRACEBACK, "ValueError: a|b"),
+    ],
+)
+def test_first_line(cause: str | None, expected: str) -> None:
+    assert first_line(cause) == expected
