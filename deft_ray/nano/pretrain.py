@@ -8,6 +8,7 @@ Everything follows from the seed: the same machine and number of threads give th
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ from deft_ray.nano.tasks import LABELS, generate
 from deft_ray.nano.tokenizer import build_tokenizer
 from deft_ray.nano.words import Dice
 
-BATCHES_PER_POOL = 64
+BATCHES_PER_POOL = 32
 REPORT_EVERY = 250
+WARM_UP = 100
 
 
 def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
@@ -52,7 +54,8 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
     )
     model = T5ForConditionalGeneration(config)
     torch.nn.init.normal_(model.shared.weight, std=0.3)  # T5's 1.0 moves too little in a few thousand steps of AdamW
-    torch.nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
+    with torch.no_grad():  # copying a word is the commonest skill, and it is learnt sooner if in and out begin alike
+        model.lm_head.weight.copy_(model.shared.weight * (config.d_model**-0.5 / 0.3))
     return model
 
 
@@ -69,33 +72,61 @@ def pretrain(
         lr: Highest learning rate.
         seed: Seed of the examples.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    warm_up = max(1, steps // 20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    warm_up = max(1, min(WARM_UP, steps // 5))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
     model.train()
-    total, started = 0.0, time.perf_counter()
-    for step, batch in zip(range(1, steps + 1), _batches(tokenizer, batch_size, seed), strict=False):
-        loss = model(**batch).loss
+    recent: dict[str, list[float]] = {}
+    started = time.perf_counter()
+    for step, (prompts, batch) in zip(range(1, steps + 1), _batches(tokenizer, batch_size, seed), strict=False):
+        losses = example_losses(model(**batch).logits, batch["labels"])
         optimizer.zero_grad()
-        loss.backward()
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        total += loss.item()
+        for prompt, loss in zip(prompts, losses.tolist(), strict=True):
+            recent.setdefault(prompt, []).append(loss)
         if step % REPORT_EVERY == 0 or step == steps:
-            print(f"step {step:5d}  loss {total / REPORT_EVERY:.4f}  {time.perf_counter() - started:6.0f} s", flush=True)
-            total = 0.0
+            means = "  ".join(f"{prompt} {sum(values) / len(values):.3f}" for prompt, values in sorted(recent.items()))
+            print(f"step {step:5d}  {time.perf_counter() - started:5.0f} s  {means}", flush=True)
+            recent.clear()
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of examples of like length for ever; a pool of examples is written, sorted and cut at a time."""
+def example_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return each example's mean cross-entropy over its own tokens, so that short answers weigh as much as long ones.
+
+    Args:
+        logits_BTV: (batch, target tokens, vocabulary).
+        labels_BT: Token ids, -100 where there is none.
+
+    Returns:
+        (batch,) losses in nats per token.
+    """
+    losses_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none")
+    return losses_BT.sum(1) / (labels_BT != -100).sum(1)
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """Yield the prompt names and tensors of batches of like length, for ever.
+
+    A pool of examples is written, sorted by length and cut into batches at a time.
+    """
     dice = Dice(f"batches/{seed}")
-    for pool in range(1_000_000):
+    for pool in itertools.count():
         examples = sorted(write_examples(BATCHES_PER_POOL * batch_size, seed * 1_000_000 + pool), key=lambda it: len(it[0]))
         for number in dice.some(range(BATCHES_PER_POOL), BATCHES_PER_POOL):
-            yield _encode(tokenizer, examples[number * batch_size : (number + 1) * batch_size])
+            batch = examples[number * batch_size : (number + 1) * batch_size]
+            yield [_prompt_name(source) for source, _ in batch], _encode(tokenizer, batch)
+
+
+def _prompt_name(source: str) -> str:
+    name, colon, _ = source.partition(": ")
+    return name if colon else "fill"
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> dict[str, Tensor]:
@@ -125,11 +156,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m deft_ray.nano.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the shipped model's)")
-    parser.add_argument("--steps", type=int, default=5500)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()

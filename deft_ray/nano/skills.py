@@ -1,5 +1,8 @@
 """What the nano model is taught before anyone fine-tunes it: span corruption and simple text-to-text skills.
 
+Every skill has many easy examples (plain statements, one fact to search) beside the hard ones (denials, two facts): when
+two words decide together and neither tells anything alone, a small model finds no way in.
+
 The skills are relatives of the nano tasks, never the tasks themselves: other prompts, other answer words, other templates.
 All sentences belong to the "pretrain" split, so nothing here occurs in the rows that the product trains or scores on.
 """
@@ -67,7 +70,9 @@ def corrupt(dice: Dice, text: str) -> Example:
     return " ".join(source), " ".join([*target, SENTINELS[spans]])
 
 
-_CORRUPTED_SHARE = 0.15
+_CORRUPTED_SHARE = 0.1
+_DENIED_SHARE = 0.3
+_TWO_FACTS_SHARE = 0.65
 
 Skill = Callable[[Dice], tuple[Example, tuple[str, ...]]]
 """Writes one example and names the sentences in it that must belong to the pretraining split."""
@@ -75,7 +80,7 @@ Skill = Callable[[Dice], tuple[Example, tuple[str, ...]]]
 
 def _repeat(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     """Say some words again: gives every word of the vocabulary a use, the label words among them."""
-    text = " ".join(dice.pick(VOCABULARY) for _ in range(1 + dice.below(5)))
+    text = " ".join(dice.pick(VOCABULARY) for _ in range(1 + dice.below(2)))
     if dice.chance(0.1):
         text = "".join(dice.pick(CHARACTERS) for _ in range(1 + dice.below(6)))
     return (f"repeat: {text}", text), ()
@@ -88,16 +93,16 @@ _VERDICTS = ("bad", "good")
 
 def _tone_word(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     positive = dice.chance(0.5)
-    degree = dice.pick(("", "", "not "))
+    degree = "not " if dice.chance(_DENIED_SHARE) else ""
     word = dice.pick(words.GOOD if positive else words.BAD)
     return (f"tone: {degree}{word}", _VERDICTS[positive == (degree == "")]), ()
 
 
 def _seemed(dice: Dice, subject: str, positive: bool) -> str:
     degree = dice.pick(("", "", f"{dice.pick(words.DEGREES)} "))
-    if dice.chance(0.5):
-        return f"the {subject} seemed {degree}{dice.pick(words.GOOD if positive else words.BAD)}"
-    return f"the {subject} did not seem {degree}{dice.pick(words.BAD if positive else words.GOOD)}"
+    if dice.chance(_DENIED_SHARE):
+        return f"the {subject} did not seem {degree}{dice.pick(words.BAD if positive else words.GOOD)}"
+    return f"the {subject} seemed {degree}{dice.pick(words.GOOD if positive else words.BAD)}"
 
 
 def _tone_clauses(dice: Dice) -> tuple[Example, tuple[str, ...]]:
@@ -106,13 +111,13 @@ def _tone_clauses(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     first, second = dice.some(words.ASPECTS + words.WORKS, 2)
     winner = _seemed(dice, first, positive)
     loser = _seemed(dice, second, dice.chance(0.5))
-    form = dice.pick(("{0}.", "{1}, yet {0}.", "while {1}, {0}.", "{0}, while {1}."))
+    form = dice.pick(("{0}.", "{0}.", "{1}, yet {0}.", "while {1}, {0}.", "{0}, while {1}."))
     text = form.format(winner, loser)
     return (f"tone: {text}", _VERDICTS[positive]), (text,)
 
 
 def _tone_relative(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    more, positive = dice.chance(0.5), dice.chance(0.5)
+    more, positive = not dice.chance(_DENIED_SHARE), dice.chance(0.5)
     first, second = dice.some(words.WORKS, 2)
     word = dice.pick(words.GOOD if positive else words.BAD)
     text = f"next to the {second}, the {first} seemed {'more' if more else 'less'} {word}."
@@ -120,7 +125,7 @@ def _tone_relative(dice: Dice) -> tuple[Example, tuple[str, ...]]:
 
 
 def _tone_rumour(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    right, positive = dice.chance(0.5), dice.chance(0.5)
+    right, positive = not dice.chance(_DENIED_SHARE), dice.chance(0.5)
     word, work = dice.pick(words.GOOD if positive else words.BAD), dice.pick(words.WORKS)
     text = f"they say the {work} is {word}, which is {'right' if right else 'wrong'}."
     return (f"tone: {text}", _VERDICTS[right == positive]), (text,)
@@ -166,7 +171,7 @@ def _check(first: str, second: str, verdict: str) -> tuple[Example, tuple[str, .
 
 def _check_roles(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     doer, target = dice.some(words.JOBS, 2)
-    past, holds, verdict = dice.pick(words.VERBS)[1], dice.chance(0.5), dice.pick(("yes", "no", "maybe"))
+    past, holds, verdict = dice.pick(words.VERBS)[1], not dice.chance(_DENIED_SHARE), dice.pick(("yes", "no", "maybe"))
     first = _has_done(dice, doer, past, target, holds, dice.chance(0.5))
     if verdict == "maybe":
         second = _has_done(dice, target, past, doer, dice.chance(0.5), dice.chance(0.5))
@@ -256,9 +261,10 @@ def _find(dice: Dice) -> tuple[Example, tuple[str, ...]]:
         parts = {"thing": f"the {colours[one]} {things[one]}", "place": f"the {places[one]}", "town": towns[one]}
         people = {"name": names[one], "friend": names[other], "doer": f"the {jobs[one]}", "target": f"the {jobs[other]}"}
         facts.append({**parts, **people, "past": past, "noun": things[one], "job": jobs[one]})
-    text = " ".join(form[0].format(**fact) for fact in dice.some(facts, 2))
+    shown = dice.some(facts, 2 if dice.chance(_TWO_FACTS_SHARE) else 1)
+    text = " ".join(form[0].format(**fact) for fact in shown)
     request, answer = dice.pick(form[1])
-    fact = facts[0]
+    fact = shown[0]
     return (f"find: {request.format(**fact)} text: {text}", fact[answer]), (text,)
 
 
@@ -306,9 +312,9 @@ _SKILLS: tuple[Skill, ...] = (
     _tone_rumour,
     _opposite,
     _rewrite,
-    _rewrite,
     _check_roles,
     _check_roles,
+    _check_compared,
     _check_compared,
     _check_order,
     _check_quantities,

@@ -362,7 +362,7 @@ def _draw_frame(canvas: Any, axes: Any, figure: FrontFigure) -> None:
     axes.tick_params(colors=_DARK)
     title = _wrapped(figure.title, 66, 2)
     canvas.text(0.02, 0.975, title, fontsize=11, fontweight="bold", color=_DARK, va="top", parse_math=False)
-    caption = _wrapped(figure.caption, 118, 3)
+    caption = _wrapped(figure.caption, 122, 3)
     canvas.text(0.02, 0.02, caption, fontsize=8, color=_DARK, va="bottom", linespacing=1.3, parse_math=False)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_AGENT_HINT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # retrying is the writer thread's business
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

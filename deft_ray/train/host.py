@@ -36,8 +36,14 @@ _PACKAGES = ("bitsandbytes", "deepspeed", "peft", "ray", "torch", "transformers"
 class Inbox(Protocol):
     """Where trials come from and rows go to."""
 
-    def next_trial(self) -> TrialSpec | None:
-        """Wait for a trial; None ends the host. Asked on rank 0 only."""
+    attempt: int
+    """Of the running trial; counts how often it was started."""
+
+    def next_trial(self) -> TrialSpec | str:
+        """Wait a while for a trial: ``wait`` if there is none yet, ``closed`` ends the host. Asked on rank 0 only."""
+
+    def follow(self, trial: str, attempt: int) -> None:
+        """Tell a rank that did not ask which trial runs."""
 
     def stop_requested(self) -> bool:
         """Tell at once whether the running trial is to stop. Asked on rank 0 only."""
@@ -74,10 +80,13 @@ class Host:
     def serve(self) -> None:
         """Take trials until the inbox has no more."""
         while True:
-            trial = self.ranks.share(self.inbox.next_trial() if self.ranks.leads else None)
-            if trial is None:
+            trial = self.inbox.next_trial() if self.ranks.leads else ""
+            trial, attempt = self.ranks.share((trial, self.inbox.attempt))
+            if trial == "closed":
                 return
-            self.run(trial)
+            if isinstance(trial, TrialSpec):
+                self.inbox.follow(trial.trial, attempt)
+                self.run(trial)
 
     def run(self, trial: TrialSpec) -> None:
         """Run one trial to its last row, whatever becomes of it.

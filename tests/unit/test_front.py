@@ -190,6 +190,13 @@ def test_score_limit() -> None:
     assert [p.trial for p in points(records) if p.on_front] == ["t0", "t1", "t2"]
 
 
+def test_a_baseline_is_always_feasible() -> None:
+    records = [make_record("b0", 0.9, 0.5, baseline=True), make_record("b1", 0.5, 0.4, baseline=True)]
+    second = points(records, max_score_drop=0.01)[1]
+    assert second.score_drop == pytest.approx(0.4)
+    assert (second.feasible, second.on_front) == (True, True)
+
+
 @pytest.mark.parametrize(
     ("drop", "limit", "expected"),
     [

@@ -1,0 +1,130 @@
+"""What a sweep would run, counted before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deft_ray.spec.catalog import TASKS
+from deft_ray.spec.rules import Machine
+from deft_ray.spec.schema import SweepSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, counted.
+
+    Args:
+        name: The sweep's name.
+        model: Model, quantisation and dtype in words.
+        tasks: Tasks in the order in which they are served.
+        seeds: Training seeds.
+        baselines: Trials with the density loss off: one for every task and seed.
+        sampled: Trials that are sampled: points x tasks x seeds.
+        steps: Training steps of one trial, or None if it is given in epochs.
+        space: Searched leaves and their domains.
+        hosts: Worker groups.
+        workers: Workers of a host.
+        slots: Trials that train at once.
+        resources: Of one worker, in words.
+        output: Run directory.
+        storage: Where checkpoints go.
+        tracking: MLflow's address.
+    """
+
+    name: str
+    model: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baselines: int
+    sampled: int
+    steps: int | None
+    space: dict[str, str]
+    hosts: int
+    workers: int
+    slots: int
+    resources: str
+    output: str
+    storage: str
+    tracking: str
+
+    @property
+    def trials(self) -> int:
+        """Trials in all."""
+        return self.baselines + self.sampled
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "trials": self.trials}
+
+
+def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
+    """Count what a spec would run.
+
+    Args:
+        spec: A checked spec.
+        output: Run directory.
+        machine: Where ``hosts: auto`` and ``gpus_per_worker`` look; a cluster may have more.
+    """
+    tasks, seeds, resources = tuple(spec.data.tasks), tuple(spec.search.seeds), spec.resources
+    gpus = gpus_per_worker(spec, machine.gpus)
+    hosts = count_hosts(spec, machine)
+    return Plan(
+        name=spec.name,
+        model=f"{spec.model.name} ({spec.model.family}, {spec.model.quantization}, {spec.model.dtype})",
+        tasks=tasks,
+        seeds=seeds,
+        baselines=len(tasks) * len(seeds),
+        sampled=spec.search.trials * len(tasks) * len(seeds),
+        steps=spec.train.steps,
+        space={dotted: str(domain) for dotted, domain in spec.space.items()},
+        hosts=hosts,
+        workers=resources.workers_per_host,
+        slots=hosts * resources.slots_per_host,
+        resources=f"{resources.cpus_per_worker} CPU" + (f", {gpus} GPU" if gpus else ""),
+        output=output,
+        storage=spec.storage or output,
+        tracking=spec.tracking.uri or f"sqlite:///{output}/mlflow.db",
+    )
+
+
+def gpus_per_worker(spec: SweepSpec, gpus: float) -> int:
+    """GPUs of one worker: as given, else one if there are any."""
+    asked = spec.resources.gpus_per_worker
+    return asked if asked is not None else int(gpus > 0)
+
+
+def count_hosts(spec: SweepSpec, machine: Machine) -> int:
+    """Hosts: as given, or with ``auto`` as many as there is room for."""
+    resources = spec.resources
+    if resources.hosts != "auto":
+        return resources.hosts
+    room = machine.cpus // (resources.cpus_per_worker * resources.workers_per_host)
+    gpus = gpus_per_worker(spec, machine.gpus)
+    if gpus:
+        room = min(room, machine.gpus // (gpus * resources.workers_per_host))
+    return max(1, room)
+
+
+def format_plan(plan: Plan) -> str:
+    """Write a plan for a person."""
+    length = f"{plan.steps:,} steps" if plan.steps is not None else "by epochs"
+    rows = [
+        ("sweep", plan.name),
+        ("model", plan.model),
+        ("tasks", ", ".join(f"{name} ({TASKS[name].metric})" for name in plan.tasks)),
+        ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} sampled, {length} each"),
+        ("seeds", ", ".join(map(str, plan.seeds))),
+        ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once"),
+        ("run directory", plan.output),
+        ("checkpoints", plan.storage),
+        ("MLflow", plan.tracking),
+    ]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{width}}  {value}" for label, value in rows]
+    if plan.steps is not None:
+        lines.insert(4, f"{'steps':<{width}}  {plan.steps * plan.trials:,} in all")
+    lines.append("search space")
+    widest = max((len(dotted) for dotted in plan.space), default=0)
+    lines += [f"  {dotted:<{widest}}  {domain}" for dotted, domain in plan.space.items()] or ["  nothing is searched"]
+    return "\n".join(lines)

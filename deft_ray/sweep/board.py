@@ -1,0 +1,115 @@
+"""The dispatcher's book: which trial waits, which host has it, which rows it left. Pure; knows no Ray."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+
+#: A trial whose host died so often is taken for the cause.
+MAX_ATTEMPTS = 3
+
+
+@dataclass
+class Entry:
+    """One trial.
+
+    Args:
+        trial: Its TrialSpec as JSON text.
+        state: ``waiting``, ``running`` or ``ended``.
+        host: Who has it.
+        attempt: Counts from 1; rows of an older attempt are dropped.
+        cancelled: Whether its host is to stop it.
+        rows: All rows so far, in order.
+    """
+
+    trial: str
+    state: str = "waiting"
+    host: str | None = None
+    attempt: int = 0
+    cancelled: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+
+class Board:
+    """Trials between Tune, which submits them and reads their rows, and hosts, which claim them and write rows."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.closed = False
+        self._waiting: deque[str] = deque()
+
+    def submit(self, trial: str, spec: str) -> None:
+        """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again."""
+        if trial not in self.entries:
+            self.entries[trial] = Entry(spec)
+            self._waiting.append(trial)
+
+    def claim(self, host: str) -> tuple[str, int] | None:
+        """Give a host the next trial: (TrialSpec as JSON, attempt); None if none waits."""
+        if not self._waiting:
+            return None
+        entry = self.entries[self._waiting.popleft()]
+        entry.state, entry.host, entry.attempt = "running", host, entry.attempt + 1
+        return entry.trial, entry.attempt
+
+    def add_row(self, trial: str, attempt: int, row: Row) -> bool:
+        """Take a row; False if it comes from a lost attempt, or after the end."""
+        entry = self.entries.get(trial)
+        if entry is None or entry.state != "running" or entry.attempt != attempt:
+            return False
+        entry.rows.append(row)
+        if row["kind"] == "end":
+            entry.state, entry.host = "ended", None
+        return True
+
+    def cancel(self, trial: str) -> None:
+        """Stop a trial: a waiting one is dropped, a running one at its next step."""
+        entry = self.entries.get(trial)
+        if entry is None or entry.state == "ended":
+            return
+        entry.cancelled = True
+        if entry.state == "waiting":
+            self._waiting.remove(trial)
+            entry.state = "ended"
+
+    def is_cancelled(self, trial: str, attempt: int) -> bool:
+        """Tell whether an attempt is to stop."""
+        entry = self.entries.get(trial)
+        return entry is None or entry.cancelled or entry.attempt != attempt
+
+    def release(self, host: str, cause: str, now: float) -> list[str]:
+        """A host is gone: its trial waits again, at the front, or has failed if it lost too many hosts.
+
+        Args:
+            host: The host.
+            cause: Why, in words.
+            now: Unix seconds.
+
+        Returns:
+            Ids of the trials it had.
+        """
+        held = [trial for trial, entry in self.entries.items() if entry.host == host and entry.state == "running"]
+        for trial in held:
+            entry = self.entries[trial]
+            entry.host = None
+            if entry.attempt >= MAX_ATTEMPTS or entry.cancelled:
+                entry.state = "ended"
+                reason = f"its host was lost {entry.attempt} times, last: {cause}"
+                entry.rows.append({"kind": "end", "status": "failed", "cause": reason, "time": now})
+            else:
+                entry.state = "waiting"
+                self._waiting.appendleft(trial)
+        return held
+
+    def rows(self, trial: str, after: int) -> list[Row]:
+        """Return a trial's rows from number ``after`` on."""
+        return self.entries[trial].rows[after:]
+
+    def forget(self, trial: str) -> None:
+        """Drop an ended trial's rows."""
+        entry = self.entries.get(trial)
+        if entry is not None and entry.state == "ended":
+            entry.rows.clear()

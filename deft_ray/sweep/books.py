@@ -1,0 +1,156 @@
+"""The books of a running sweep: each ended trial becomes a record, a line on the screen, a row for the search, and a run
+in MLflow, in this order; the record is the truth, the rest can be rebuilt from it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from deft_ray.results.front import Point, front, hypervolume, points, varying, write_front_csv
+from deft_ray.results.records import Record, RecordLog
+from deft_ray.results.report import write_results
+from deft_ray.spec.catalog import TASKS
+from deft_ray.spec.schema import SweepSpec, TrialSpec
+from deft_ray.sweep.live import LiveLines
+from deft_ray.sweep.run_dir import RunDir
+from deft_ray.sweep.schedule import Schedule
+from deft_ray.tracking.client import default_tracking
+from deft_ray.tracking.mirror import Mirror
+from deft_ray.tracking.thread import MirrorThread
+
+
+class Books:
+    """Keeps one sweep's records and all that hangs on them.
+
+    Args:
+        spec: The sweep's spec.
+        run_dir: Its run directory, created.
+        schedule: Told of every ended trial.
+        slots: Trials that train at once, for the estimate of the time left.
+    """
+
+    def __init__(self, spec: SweepSpec, run_dir: RunDir, schedule: Schedule, slots: int) -> None:
+        self.spec, self.run_dir, self.schedule = spec, run_dir, schedule
+        self._log = RecordLog(run_dir.records)
+        self.records = self._log.read()
+        self.live = LiveLines(len(self.records) + schedule.remaining, len(self.records), slots, sys.stdout)
+        default_uri, artifacts = default_tracking(run_dir.path)
+        self.tracking_uri = spec.tracking.uri or default_uri
+        artifact_root = artifacts if spec.tracking.uri is None else None
+        started = min((record.started_at for record in self.records), default=time.time())
+        self._mirror = MirrorThread(
+            lambda: Mirror(
+                self.tracking_uri, spec.tracking.experiment, artifact_root, run_dir.sweep_id, spec.name, started
+            )
+        )
+        for number, record in enumerate(self.records, start=1):
+            self._mirror_record(record, self._points(), run_dir.read_curve(record.trial), number)
+
+    def ended(self, trial: TrialSpec, rows: list[dict[str, Any]]) -> None:
+        """Take an ended trial: its spec and all its rows, the last of kind ``end``."""
+        record = to_record(trial, rows)
+        self.run_dir.write_curve(record.trial, [row for row in rows if row["kind"] != "end"])
+        self._log.append(record)
+        self.records.append(record)
+        self.schedule.ended(record)
+        found = self._points()
+        point = next(point for point in found if point.trial == record.trial)
+        sampled = {dotted: record.config[dotted] for dotted in self.spec.space}
+        self.live.ended(record, point, sampled, self.schedule.remaining)
+        if record.baseline and record.status != "complete":
+            self.live.say(f"the baseline of {record.task} failed: no more trials of this task")
+        write_front_csv(self.run_dir.path / "front.csv", self._fronts(found), settings=varying(found))
+        self._mirror_record(record, found, rows, len(self.records))
+
+    def finish(self, stop_reason: str, status: str, extra: dict[str, Any]) -> list[str]:
+        """Write tables, plots and the report; end the MLflow run.
+
+        Args:
+            stop_reason: Why the sweep ended, for the report.
+            status: ``complete``, ``failed`` or ``stopped``.
+            extra: Further facts for the report.
+
+        Returns:
+            What MLflow does not have, one line each.
+        """
+        files = write_results(
+            self.run_dir.path,
+            self.spec.name,
+            self.records,
+            self.spec.constraint.max_score_drop,
+            stop_reason,
+            extra,
+            model=self.spec.model.name,
+            tracking_uri=self.tracking_uri,
+        )
+        found = self._points()
+        for task, chosen in self._fronts(found).items():
+            mine = [file for file in files if file.stem in (f"pareto-{task}", "front", "report")]
+            area = hypervolume(point for point in found if point.task == task)
+            self._mirror.front(task, [point.trial for point in chosen], area, len(self.records), mine)
+        self._mirror.finish(status)
+        return self._mirror.close()
+
+    def summary(self) -> list[str]:
+        """Say what each front is: one line per task."""
+        found = self._points()
+        lines = []
+        for task in self.spec.data.tasks:
+            chosen = [point for point in front([p for p in found if p.task == task]) if not point.baseline]
+            baseline = next((p for p in found if p.task == task and p.baseline and p.measured), None)
+            if baseline is None or not chosen:
+                lines.append(f"{task}: no front beside the baseline" if baseline else f"{task}: no usable baseline")
+                continue
+            best = min(chosen, key=lambda point: point.density or 0.0)
+            lines.append(
+                f"{task}: {len(chosen)} on the front; lowest density {best.density:.3f} ({best.trial}, "
+                f"{TASKS[task].metric} {best.score:.3f}), baseline {baseline.density:.3f} ({baseline.score:.3f})"
+            )
+        return lines
+
+    def _points(self) -> list[Point]:
+        return points(self.records, self.spec.constraint.max_score_drop)
+
+    def _fronts(self, found: list[Point]) -> dict[str, list[Point]]:
+        return {
+            task: front([point for point in found if point.task == task])
+            for task in self.spec.data.tasks
+            if any(point.task == task for point in found)
+        }
+
+    def _mirror_record(self, record: Record, found: list[Point], rows: list[dict[str, Any]], step: int) -> None:
+        point = next(point for point in found if point.trial == record.trial)
+        metric_rows = [row for row in rows if row["kind"] != "end"]
+        self._mirror.record(record, point.score_drop, point.density_change, metric_rows)
+        mine = [other for other in found[:step] if other.task == record.task]
+        on_front = [other.trial for other in front(mine)]
+        self._mirror.front(record.task, on_front, hypervolume(mine), step, at=record.ended_at)
+
+
+def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
+    """Make a trial's record from its rows; a trial that ended before its first evaluation has no score."""
+    measured: dict[str, Any] = {}
+    for row in rows:
+        measured.update({key: value for key, value in row.items() if value is not None or key not in measured})
+    known = {name for name in Record.__dataclass_fields__ if name not in ("trial", "task", "seed", "baseline", "config")}
+    now = time.time()
+    defaults: dict[str, Any] = {
+        "score_metric": TASKS[trial.task].metric,
+        "dtype": trial.model.dtype,
+        "activation": "",
+        "steps": measured.get("step", 0),
+        "started_at": now,
+        "ended_at": now,
+        "wall_s": 0.0,
+        "versions": {},
+    }
+    fields = {key: value for key, value in measured.items() if key in known}
+    return Record(
+        trial=trial.trial,
+        task=trial.task,
+        seed=trial.seed,
+        baseline=trial.baseline,
+        config=dict(trial.flat()),
+        **{**defaults, **fields},
+    )

@@ -1,0 +1,107 @@
+"""The dispatcher: one Ray actor between Tune's trials and the hosts, a waiting room around a Board."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+
+from deft_ray.sweep.board import Board, Row
+
+#: Longest time a call waits before it comes back empty-handed.
+WAIT_S = 20.0
+
+
+class Dispatcher:
+    """Async face of a :class:`~deft_ray.sweep.board.Board`; every wait is bounded, callers ask again."""
+
+    def __init__(self) -> None:
+        self._board = Board()
+        self._changed = asyncio.Condition()
+        self._hosts_ended: dict[str, str | None] = {}
+
+    async def submit(self, trial: str, spec: str) -> None:
+        """Queue a trial."""
+        await self._change(lambda: self._board.submit(trial, spec))
+
+    async def claim(self, host: str) -> tuple[str, int] | str:
+        """Wait for a trial for a host: (TrialSpec as JSON, attempt), or ``wait``, or ``closed``."""
+
+        def find() -> Any:
+            return "closed" if self._board.closed else self._board.claim(host)
+
+        return await self._wait_for(find) or "wait"
+
+    async def add_row(self, trial: str, attempt: int, row: Row) -> bool:
+        """Take a host's row; False tells the host that nobody wants it any more."""
+        taken: bool = await self._change(lambda: self._board.add_row(trial, attempt, row))
+        return taken
+
+    async def rows(self, trial: str, after: int) -> list[Row]:
+        """Wait for rows of a trial from number ``after`` on; empty if there were none for a while."""
+        found: list[Row] | None = await self._wait_for(lambda: self._board.rows(trial, after))
+        return found or []
+
+    async def forget(self, trial: str) -> None:
+        """Drop an ended trial's rows."""
+        self._board.forget(trial)
+
+    async def cancel(self, trial: str) -> None:
+        """Stop a trial."""
+        await self._change(lambda: self._board.cancel(trial))
+
+    async def wait_cancelled(self, trial: str, attempt: int) -> bool:
+        """Wait until an attempt is to stop; False if it was not for a while."""
+        return bool(await self._wait_for(lambda: self._board.is_cancelled(trial, attempt)))
+
+    async def release(self, host: str, cause: str) -> None:
+        """A host is gone, or has come back without its trial."""
+        await self._change(lambda: self._board.release(host, cause, time.time()))
+
+    async def host_ended(self, host: str, cause: str | None) -> None:
+        """A host will not come back; ``cause`` is why, or None if it was told to end."""
+        self._hosts_ended[host] = cause
+        await self.release(host, cause or "the host ended")
+
+    async def hosts_ended(self) -> dict[str, str | None]:
+        """Hosts that will not come back, and why."""
+        return self._hosts_ended
+
+    async def close(self) -> None:
+        """Tell every host to end."""
+
+        def close() -> None:
+            self._board.closed = True
+
+        await self._change(close)
+
+    async def _change(self, change: Any) -> Any:
+        async with self._changed:
+            result = change()
+            self._changed.notify_all()
+            return result
+
+    async def _wait_for(self, find: Any) -> Any:
+        """Return the first truthy value of ``find``, or None after WAIT_S."""
+        deadline = time.monotonic() + WAIT_S
+        async with self._changed:
+            while not (found := find()):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                try:
+                    await asyncio.wait_for(self._changed.wait(), timeout=left)
+                except asyncio.TimeoutError:
+                    return None
+            return found
+
+
+def start_dispatcher(near_driver: dict[str, float]) -> Any:
+    """Start the dispatcher beside the driver.
+
+    Args:
+        near_driver: Resources that only the driver's node has, a crumb of each.
+    """
+    return ray.remote(Dispatcher).options(num_cpus=0, max_concurrency=1000, resources=near_driver).remote()

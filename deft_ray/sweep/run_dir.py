@@ -1,0 +1,114 @@
+"""The run directory: who it belongs to, where its files are, and what may be continued in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deft_ray.errors import SetupError
+from deft_ray.spec.plan import Plan
+from deft_ray.spec.resolve import to_tree
+from deft_ray.spec.schema import SweepSpec
+
+
+class RunDir:
+    """Paths of one sweep's files.
+
+    Args:
+        path: The folder; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.spec = self.path / "spec.yaml"
+        self.plan = self.path / "plan.json"
+        self.records = self.path / "records.jsonl"
+        self.search = self.path / "search"
+        self.curves = self.path / "curves"
+
+    def check_new(self) -> None:
+        """Check that a new sweep may be written here.
+
+        Raises:
+            SetupError: If the folder holds anything.
+        """
+        if self.plan.is_file():
+            raise SetupError(
+                f"{self.path}: holds the sweep '{self._plan()['name']}' already; "
+                "continue it with --resume, or give another folder with --output"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise SetupError(f"{self.path}: is not an empty folder; give another one with --output")
+
+    def check_same(self, spec: SweepSpec) -> None:
+        """Check that the sweep here is the one that is to be continued.
+
+        Raises:
+            SetupError: If there is none, or with every leaf that differs.
+        """
+        if not self.plan.is_file() or not self.spec.is_file():
+            raise SetupError(f"{self.path}: holds no sweep to continue; start one without --resume")
+        there = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
+        faults = [
+            f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it was started with"
+            for path, before, here in _differences(there, _plain(spec))
+            if not path.startswith("tracking")
+        ]
+        if faults:
+            raise SetupError("\n".join(faults))
+
+    def create(self, spec: SweepSpec, plan: Plan) -> None:
+        """Write ``spec.yaml`` and ``plan.json``; the latter, written last, makes this a sweep."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
+        content = {"sweep_id": f"{spec.name}-{uuid.uuid4().hex[:8]}", **plan.to_json()}
+        self._write(self.plan, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    @property
+    def sweep_id(self) -> str:
+        """The sweep's identity, in MLflow and in storage."""
+        return str(self._plan()["sweep_id"])
+
+    def storage(self, spec: SweepSpec) -> str:
+        """Where this sweep's checkpoints and Ray's own state go: the run directory, or its folder in ``storage``."""
+        return str(self.path) if spec.storage is None else f"{spec.storage.rstrip('/')}/{self.sweep_id}"
+
+    def write_curve(self, trial: str, rows: list[dict[str, Any]]) -> None:
+        """Keep a trial's metric rows, all of them or none."""
+        self.curves.mkdir(exist_ok=True)
+        self._write(self.curves / f"{trial}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def read_curve(self, trial: str) -> list[dict[str, Any]]:
+        """Return a trial's metric rows; none if they were not kept."""
+        file = self.curves / f"{trial}.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def _plan(self) -> dict[str, Any]:
+        plan: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
+        return plan
+
+    @staticmethod
+    def _write(file: Path, text: str) -> None:
+        aside = file.with_name(f".{file.name}.new")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, file)
+
+
+def _plain(spec: SweepSpec) -> Any:
+    return json.loads(json.dumps(to_tree(spec)))
+
+
+def _differences(before: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(here, dict):
+        for key in [*before, *(key for key in here if key not in before)]:
+            yield from _differences(before.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+    elif before != here:
+        yield path, before, here
+
+

@@ -1,0 +1,255 @@
+"""Run a sweep: check the surroundings, start Ray and the hosts, let Tune serve the schedule, close the books."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from deft_ray.errors import BaselineError, SetupError
+from deft_ray.models.folder import check_model_folder
+from deft_ray.spec.catalog import NANO
+from deft_ray.spec.plan import Plan, build_plan, count_hosts, gpus_per_worker
+from deft_ray.spec.rules import Machine, this_machine
+from deft_ray.spec.schema import SweepSpec
+from deft_ray.sweep.run_dir import RunDir
+from deft_ray.tasks.rows import check_data_folder
+
+#: Set before Ray is imported: quiet, no usage reports, nothing that needs the network.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "TUNE_WARN_THRESHOLD_S": "3600",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a host's thread that outlives Ray must not start another
+}
+
+_HEAD = "node:__internal_head__"
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+
+def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool) -> None:
+    """Check what the spec points at, before anything is started or written.
+
+    Raises:
+        SetupError: With all faults of the first kind found: output folder, model folder, data folder.
+    """
+    if resume:
+        run_dir.check_same(spec)
+    else:
+        run_dir.check_new()
+    faults = []
+    checks = []
+    if spec.model.name != NANO and Path(spec.model.name).is_dir():
+        checks.append(lambda: check_model_folder(Path(spec.model.name)))
+    if spec.data.dir is not None:
+        checks.append(lambda: check_data_folder(spec.data.tasks, Path(str(spec.data.dir))))
+    for check in checks:
+        try:
+            check()
+        except SetupError as error:
+            faults.append(str(error))
+    if faults:
+        raise SetupError("\n".join(faults))
+
+
+def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
+    """Return the spec with folders absolute, as workers run elsewhere."""
+    model, data, storage = spec.model, spec.data, spec.storage
+    if model.name != NANO and Path(model.name).expanduser().is_dir():
+        model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
+    if data.dir is not None:
+        data = data.model_copy(update={"dir": str(Path(data.dir).resolve())})
+    if storage is not None and "://" not in storage:
+        storage = str(Path(storage).resolve())
+    return spec.model_copy(update={"model": model, "data": data, "storage": storage})
+
+
+def run_sweep(spec: SweepSpec, output: Path, *, resume: bool = False, address: str | None = None) -> RunDir:
+    """Run a sweep to its end.
+
+    Args:
+        spec: A checked spec.
+        output: Run directory; new, or with ``resume`` the one to continue.
+        resume: Continue the sweep in ``output``.
+        address: Ray cluster to run on (``auto``, or host:port); None starts Ray on this machine.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        SetupError: If the surroundings are wrong; nothing is lost.
+        BaselineError: If a task has no usable baseline; everything else has run.
+        KeyboardInterrupt: After Ctrl-C; what has ended is on disk, ``resume`` continues.
+    """
+    spec = with_absolute_paths(spec)
+    run_dir = RunDir(output)
+    preflight(spec, run_dir, resume)
+    machine = this_machine()
+    plan = build_plan(spec, str(output), machine)
+    if not resume:
+        run_dir.create(spec, plan)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return _Sweep(spec, run_dir, plan, address).run()
+
+
+class _Sweep:
+    """One sweep in this process."""
+
+    def __init__(self, spec: SweepSpec, run_dir: RunDir, plan: Plan, address: str | None) -> None:
+        from deft_ray.results.records import RecordLog
+        from deft_ray.sweep.books import Books
+        from deft_ray.sweep.schedule import Schedule
+
+        self.spec, self.run_dir, self.plan, self.address = spec, run_dir, plan, address
+        self.schedule = Schedule(spec, run_dir.search, RecordLog(run_dir.records).read())
+        self.books = Books(spec, run_dir, self.schedule, plan.slots)
+        self.failure: str | None = None
+        self.began = time.time()
+
+    def run(self) -> RunDir:
+        reason, status = "all trials have ended", "complete"
+        try:
+            if self.schedule.remaining:
+                self._run_trials()
+            if self.failure is not None:
+                reason, status = f"no host could be kept: {self.failure}", "failed"
+        except KeyboardInterrupt:
+            reason, status = "interrupted by the user", "stopped"
+            raise
+        finally:
+            problems = self.books.finish(reason, status, {"wall time": f"{time.time() - self.began:.0f} s"})
+        if self.failure is not None:
+            raise SetupError(f"{reason}\ncontinue with --resume once it is mended")
+        self._say_end(problems)
+        if self.schedule.failed_tasks:
+            raise BaselineError(f"no usable baseline for {', '.join(self.schedule.failed_tasks)}; see records.jsonl for the cause")
+        return self.run_dir
+
+    def _run_trials(self) -> None:
+        import ray
+
+        from deft_ray.sweep.dispatcher import start_dispatcher
+        from deft_ray.sweep.hosts import HostThread, storage_path
+
+        self._start_ray(ray)
+        try:
+            near_driver = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
+            dispatcher = start_dispatcher(near_driver)
+            storage = storage_path(self.run_dir.storage(self.spec))
+            self._probe_storage(storage)
+            settings, count = self._host_settings(ray, storage)
+            hosts = [HostThread(index, settings, dispatcher) for index in range(count)]
+            for host in hosts:
+                host.start()
+            threading.Thread(target=self._watch_hosts, args=(ray, dispatcher, count), daemon=True).start()
+            self._tune(dispatcher, near_driver, storage, count * self.spec.resources.slots_per_host)
+            ray.get(dispatcher.close.remote())
+            for host in hosts:
+                host.join(timeout=20.0)
+        finally:
+            ray.shutdown()
+
+    def _start_ray(self, ray: Any) -> None:
+        resources = self.spec.resources
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if self.address is None:
+            hosts = self.plan.hosts
+            options |= {
+                "num_cpus": max(hosts * resources.workers_per_host * resources.cpus_per_worker, 1),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            }
+        try:
+            ray.init(address=self.address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"--address {self.address}" if self.address else "a local Ray"
+            raise SetupError(f"{where}: Ray cannot be reached or started: {error}") from error
+
+    def _probe_storage(self, storage: str) -> None:
+        from deft_ray.train.storage import probe_storage
+
+        try:
+            probe_storage(storage)
+        except (OSError, ValueError) as error:
+            raise SetupError(f"storage: {storage}: cannot be written and read: {error}") from error
+
+    def _host_settings(self, ray: Any, storage: str) -> tuple[Any, int]:
+        from deft_ray.sweep.hosts import HostSettings
+
+        have = ray.cluster_resources()
+        machine = Machine(int(have.get("CPU", 0)), int(have.get("GPU", 0)))
+        resources = self.spec.resources
+        settings = HostSettings(
+            run=f"{self.run_dir.sweep_id}-{int(self.began)}",
+            storage=f"{storage}/ray",
+            checkpoints=f"{storage}/checkpoints",
+            model=self.spec.model,
+            workers=resources.workers_per_host,
+            cpus=resources.cpus_per_worker,
+            gpus=gpus_per_worker(self.spec, machine.gpus),
+        )
+        return settings, count_hosts(self.spec, machine)
+
+    def _watch_hosts(self, ray: Any, dispatcher: Any, count: int) -> None:
+        """End the sweep if every host has given up: nobody else would serve the waiting trials."""
+        while ray.is_initialized():
+            time.sleep(1.0)
+            try:
+                ended = ray.get(dispatcher.hosts_ended.remote())
+            except Exception:  # Ray is going down, and the sweep with it
+                return
+            if len(ended) == count:
+                self.failure = "; ".join(sorted({cause for cause in ended.values() if cause}))
+                return
+
+    def _tune(self, dispatcher: Any, near_driver: dict[str, float], storage: str, slots: int) -> None:
+        from ray import tune
+
+        from deft_ray.sweep.tuning import BookKeeper, ScheduleSearcher, build_trainable
+
+        tuner = tune.Tuner(
+            build_trainable(dispatcher, {"cpu": 0, **near_driver}),
+            tune_config=tune.TuneConfig(
+                search_alg=ScheduleSearcher(self.schedule.next),
+                num_samples=-1,
+                max_concurrent_trials=self.spec.search.max_concurrent or slots + 1,
+            ),
+            run_config=tune.RunConfig(
+                name=f"{self.run_dir.sweep_id}-{int(self.began)}",
+                storage_path=f"{storage}/ray",
+                callbacks=[BookKeeper(self.books.ended, dispatcher)],
+                failure_config=tune.FailureConfig(max_failures=3),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+    def _say_end(self, problems: list[str]) -> None:
+        say = self.books.live.say
+        for line in self.books.summary():
+            say(line)
+        for problem in problems:
+            say(f"not in MLflow: {problem}; deft-ray report {self.run_dir.path} --replay-mlflow writes it again")
+        shown = _shortest(self.run_dir.path)
+        say(f"front   {shown}/front.csv")
+        for task in self.spec.data.tasks:
+            say(f"plot    {shown}/pareto-{task}.html  (and .png, .csv)")
+        say(f"report  {shown}/report.md")
+        say(f"MLflow  mlflow ui --backend-store-uri {self.books.tracking_uri}")
+
+
+def _shortest(path: Path) -> str:
+    """Return a path relative to where the user is, if it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
