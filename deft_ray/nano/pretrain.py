@@ -42,8 +42,8 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
         d_model=128,
         d_kv=32,
         num_heads=4,
-        d_ff=512,
-        num_layers=4,
+        d_ff=384,
+        num_layers=3,
         num_decoder_layers=2,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
@@ -56,6 +56,11 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
     torch.nn.init.normal_(model.shared.weight, std=0.3)  # T5's 1.0 moves too little in a few thousand steps of AdamW
     with torch.no_grad():  # copying a word is the commonest skill, and it is learnt sooner if in and out begin alike
         model.lm_head.weight.copy_(model.shared.weight * (config.d_model**-0.5 / 0.3))
+        for block in model.encoder.block:  # half of the heads begin by looking for the same word elsewhere
+            attention = block.layer[0].SelfAttention
+            half = attention.q.weight.shape[0] // 2
+            attention.k.weight[:half].normal_(std=0.035)
+            attention.q.weight[:half] = attention.k.weight[:half]
     return model
 
 

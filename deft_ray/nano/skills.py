@@ -264,7 +264,7 @@ def _find(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     shown = dice.some(facts, 2 if dice.chance(_TWO_FACTS_SHARE) else 1)
     text = " ".join(form[0].format(**fact) for fact in shown)
     request, answer = dice.pick(form[1])
-    fact = shown[0]
+    fact = dice.pick(shown)
     return (f"find: {request.format(**fact)} text: {text}", fact[answer]), (text,)
 
 

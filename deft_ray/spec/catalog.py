@@ -69,7 +69,7 @@ _ALL = (
         ("question", "context"),
         "question: {question} context: {context}",
         (),
-        "f1_words",
+        "f1",
         ("exact_match",),
     ),
     Task(
@@ -97,7 +97,7 @@ _ALL = (
         ("question", "context"),
         "question: {question} context: {context}",
         (),
-        "f1_words",
+        "f1",
         ("exact_match",),
     ),
 )

@@ -23,12 +23,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("spec", metavar="SPEC", help="YAML file, for example search_spaces/quickstart.yaml")
     parser.add_argument(
-        "--set", dest="overrides", metavar="key=value", action="append", default=[], help="override a leaf: deft.alpha=1"
+        "--set",
+        dest="overrides",
+        metavar="key=value",
+        action="append",
+        default=[],
+        help="override a leaf: deft.alpha=1",
     )
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument("--resume", action="store_true", help="continue the sweep in the run directory")
     parser.add_argument("--output", metavar="DIR", type=Path, help="run directory (default: runs/<name>)")
-    parser.add_argument("--address", metavar="ADDR", help="Ray cluster to run on: auto, or host:port (default: this machine)")
+    parser.add_argument(
+        "--address", metavar="ADDR", help="Ray cluster to run on: auto, or host:port (default: this machine)"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback where an error ends the command")
     return parser
 

@@ -1,5 +1,7 @@
-"""The books of a running sweep: each ended trial becomes a record, a line on the screen, a row for the search, and a run
-in MLflow, in this order; the record is the truth, the rest can be rebuilt from it."""
+"""The books of a running sweep: an ended trial becomes a record, a row for the search, a line, and a run in MLflow.
+
+In this order: the record is the truth, the rest can be rebuilt from it.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,7 @@ def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
     measured: dict[str, Any] = {}
     for row in rows:
         measured.update({key: value for key, value in row.items() if value is not None or key not in measured})
-    known = {name for name in Record.__dataclass_fields__ if name not in ("trial", "task", "seed", "baseline", "config")}
+    known = Record.__dataclass_fields__.keys() - {"trial", "task", "seed", "baseline", "config"}
     now = time.time()
     defaults: dict[str, Any] = {
         "score_metric": TASKS[trial.task].metric,

@@ -93,7 +93,7 @@ class Dispatcher:
                     return None
                 try:
                     await asyncio.wait_for(self._changed.wait(), timeout=left)
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     return None
             return found
 

@@ -48,7 +48,8 @@ class _ReleaseOnFailure(UserCallback):
         self._dispatcher, self._host = dispatcher, host
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        cause = "; ".join(f"worker {rank}: {str(error).strip().splitlines()[-1]}" for rank, error in worker_exceptions.items())
+        lines = {rank: (str(error).strip() or "lost").splitlines()[-1] for rank, error in worker_exceptions.items()}
+        cause = "; ".join(f"worker {rank}: {line}" for rank, line in lines.items())
         ray.get(self._dispatcher.release.remote(self._host, cause))
 
 
@@ -83,7 +84,7 @@ class HostThread(threading.Thread):
                 name=f"{settings.run}-{self.host}",
                 storage_path=settings.storage,
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
-                callbacks=[_ReleaseOnFailure(self._dispatcher, self.host)],
+                callbacks=[_ReleaseOnFailure(self._dispatcher, self.host)],  # type: ignore[list-item]  # Ray's own kind
             ),
         )
         cause: str | None = None
@@ -143,9 +144,8 @@ class DispatcherInbox:
 
     def __init__(self, dispatcher: Any, host: str) -> None:
         self._dispatcher, self._host = dispatcher, host
-        self._trial, self._attempt = "", 0
+        self._trial, self.attempt = "", 0
         self._stop: Any = None
-        self._sent: Any = None
 
     def next_trial(self) -> TrialSpec | str:
         """Wait a while for a trial; ``wait`` if there is none yet, ``closed`` if there will be none."""
@@ -158,17 +158,12 @@ class DispatcherInbox:
 
     def follow(self, trial: str, attempt: int) -> None:
         """Send rows under this trial and attempt from now on."""
-        self._trial, self._attempt, self._stop = trial, attempt, None
-
-    @property
-    def attempt(self) -> int:
-        """Attempt of the running trial, shared with the other ranks."""
-        return self._attempt
+        self._trial, self.attempt, self._stop = trial, attempt, None
 
     def stop_requested(self) -> bool:
         """Tell at once whether the running trial is to stop: one question is always under way."""
         if self._stop is None:
-            self._stop = self._dispatcher.wait_cancelled.remote(self._trial, self._attempt)
+            self._stop = self._dispatcher.wait_cancelled.remote(self._trial, self.attempt)
         ready, _ = ray.wait([self._stop], timeout=0)
         if not ready:
             return False
@@ -177,7 +172,7 @@ class DispatcherInbox:
 
     def send(self, row: dict[str, Any]) -> None:
         """Send a row; waits for the last one, so that a row that ends a trial has arrived."""
-        sent = self._dispatcher.add_row.remote(self._trial, self._attempt, row)
+        sent = self._dispatcher.add_row.remote(self._trial, self.attempt, row)
         if row["kind"] == "end":
             ray.get(sent)
 

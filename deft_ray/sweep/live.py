@@ -40,7 +40,8 @@ class LiveLines:
         left = sum(self._walls) / len(self._walls) * remaining / self._slots
         tail = f"{record.wall_s:6.1f} s  {format_left(left)} left" if remaining else f"{record.wall_s:6.1f} s"
         if record.status == "complete" and record.score is not None and record.density is not None:
-            middle = f"{record.score_metric} {record.score:.3f} ({_drop(point)})  density {record.density:.3f} ({_change(point)})"
+            middle = f"{record.score_metric} {record.score:.3f} ({_drop(point)})"
+            middle += f"  density {record.density:.3f} ({_change(point)})"
         else:
             middle = f"{record.status}: {first_line(record.cause)}"
         self.say(f"{head}  {middle}  {tail}  {'baseline' if record.baseline else format_sample(sampled)}".rstrip())
@@ -71,5 +72,3 @@ def format_left(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-

@@ -56,7 +56,7 @@ class RunDir:
             raise SetupError(f"{self.path}: holds no sweep to continue; start one without --resume")
         there = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
         faults = [
-            f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it was started with"
+            f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it began with"
             for path, before, here in _differences(there, _plain(spec))
             if not path.startswith("tracking")
         ]
@@ -110,5 +110,3 @@ def _differences(before: Any, here: Any, path: str = "") -> Iterator[tuple[str, 
             yield from _differences(before.get(key), here.get(key), f"{path}.{key}".lstrip("."))
     elif before != here:
         yield path, before, here
-
-

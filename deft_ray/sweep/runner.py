@@ -131,7 +131,8 @@ class _Sweep:
             raise SetupError(f"{reason}\ncontinue with --resume once it is mended")
         self._say_end(problems)
         if self.schedule.failed_tasks:
-            raise BaselineError(f"no usable baseline for {', '.join(self.schedule.failed_tasks)}; see records.jsonl for the cause")
+            tasks = ", ".join(self.schedule.failed_tasks)
+            raise BaselineError(f"no usable baseline for {tasks}; see report.md for the cause")
         return self.run_dir
 
     def _run_trials(self) -> None:

@@ -1,7 +1,7 @@
 """Which trial comes next: baselines first, then sampled points, asked from one Optuna study per task.
 
-Ids follow from the place in the plan, and each ask draws from a sampler seeded by its own number. So the next trial is a
-function of the spec and of what has ended, whatever was interrupted in between.
+Ids follow from the place in the plan, and each ask draws from a sampler seeded by its own number. So the next trial is
+a function of the spec and of what has ended, whatever was interrupted in between.
 """
 
 from __future__ import annotations

@@ -109,7 +109,9 @@ class BookKeeper(_StaysHere, tune.Callback):
         self._rows: dict[str, dict[int, dict[str, Any]]] = {}
         self._done: set[str] = set()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Take rows; a trial whose last row has come has ended."""
         rows = self._rows.setdefault(trial.config["trial"], {})
         rows.update({row["number"]: row for row in result.get("rows", ())})

@@ -45,7 +45,7 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
         answers: Gold answers per question; the best match counts.
 
     Returns:
-        ``f1_words`` and ``exact_match``, fractions.
+        ``f1`` and ``exact_match``, fractions.
     """
     found = [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)]
     wanted = [
@@ -53,4 +53,4 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
         for index, gold in enumerate(answers)
     ]
     result = squad(found, wanted)
-    return {"f1_words": float(result["f1"]) / 100, "exact_match": float(result["exact_match"]) / 100}
+    return {"f1": float(result["f1"]) / 100, "exact_match": float(result["exact_match"]) / 100}

@@ -1,0 +1,46 @@
+# make sweep   install and run the quickstart sweep
+# make test    install, then lint, types, unit and integration tests: what CI runs
+# make bench   the figures of docs/performance.md, minutes each, as JSON in benchmarks/results/
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+ARGS ?=
+
+.PHONY: sweep test check lint types unit integration real-data bench clean
+
+sweep: $(INSTALLED)
+	$(BIN)/python -m deft_ray.sweep search_spaces/quickstart.yaml $(ARGS)
+
+test: check unit integration
+
+check: lint types
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+
+integration: $(INSTALLED)
+	$(BIN)/python -m pytest tests/integration
+
+# Real GLUE data and a real pretrained encoder: DEFT_RAY_DATA=<folder> DEFT_RAY_ENCODER=<folder> make real-data
+real-data: $(INSTALLED)
+	$(BIN)/python -m pytest tests/real_data
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/orchestration.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,78 @@
+"""``deft-ray``: plan a sweep, report on a run directory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from deft_ray.errors import DeftRayError, RecordsError
+from deft_ray.spec.loading import load_spec
+from deft_ray.spec.plan import build_plan, format_plan
+from deft_ray.spec.rules import this_machine
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    parser = argparse.ArgumentParser(prog="deft-ray", description="Plan sweeps and report on them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", help="print what a spec would run")
+    plan.add_argument("spec", metavar="SPEC")
+    plan.add_argument("--set", dest="overrides", metavar="key=value", action="append", default=[])
+    plan.add_argument("--elsewhere", action="store_true", help="for a cluster: do not count this machine's CPUs")
+    plan.set_defaults(run=_plan)
+    report = commands.add_parser("report", help="write front.csv, plots and report.md again, from records")
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    report.add_argument("--replay-mlflow", action="store_true", help="write every record to MLflow again")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except DeftRayError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> None:
+    machine = this_machine()
+    spec = load_spec(options.spec, options.overrides, None if options.elsewhere else machine)
+    print(format_plan(build_plan(spec, f"runs/{spec.name}", machine)))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from deft_ray.results.records import RecordLog
+    from deft_ray.results.report import write_results
+    from deft_ray.sweep.run_dir import RunDir
+
+    run_dir = RunDir(options.run_dir)
+    if not run_dir.spec.is_file() or not run_dir.records.is_file():
+        raise RecordsError(f"{options.run_dir}: is no run directory; needs spec.yaml and records.jsonl")
+    spec = yaml.safe_load(run_dir.spec.read_text(encoding="utf-8"))
+    records = RecordLog(run_dir.records).read()
+    limit, name = spec["constraint"]["max_score_drop"], spec["name"]
+    files = write_results(run_dir.path, name, records, limit, model=spec["model"]["name"])
+    if options.replay_mlflow:
+        from deft_ray.tracking.client import default_tracking
+        from deft_ray.tracking.mirror import Mirror, replay
+
+        uri, artifacts = default_tracking(run_dir.path)
+        server = spec["tracking"]["uri"]
+        started = min((record.started_at for record in records), default=None)
+        experiment = spec["tracking"]["experiment"]
+        mirror = Mirror(server or uri, experiment, None if server else artifacts, run_dir.sweep_id, name, started)
+        rows = {record.trial: run_dir.read_curve(record.trial) for record in records}
+        replay(mirror, records, limit, rows, files)
+    for file in files:
+        print(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
