@@ -26,6 +26,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from deft_ray.spec.schema import (
+    AdapterSection,
+    DataSection,
+    DeftSection,
+    ModelSection,
+    TrainSection,
+    TrialSpec,
+)
+
 Row = dict[str, Any]
 
 VOCABULARY = 512
@@ -68,7 +77,7 @@ def write_tiny_t5(folder: Path, *, gated: bool = True, spread: float = 3.0, drop
         num_decoder_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu" if gated else "relu",
-        tie_word_embeddings=False,
+        tie_word_embeddings=False,  # as Flan-T5's; see _untied_t5
         dropout_rate=dropout,
         pad_token_id=0,
         eos_token_id=1,
@@ -76,7 +85,7 @@ def write_tiny_t5(folder: Path, *, gated: bool = True, spread: float = 3.0, drop
     )
     specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = _tokenizer(specials, ["<pad>", "</s>", "<unk>"], "$A </s>", "$A </s> $B </s>")
-    return _write(folder, lambda: T5ForConditionalGeneration(config), tokenizer, ("wi_0", "wi."), spread)
+    return _write(folder, lambda: _untied_t5(config), tokenizer, ("wi_0", "wi."), spread)
 
 
 def write_tiny_bert(folder: Path, *, spread: float = 20.0, dropout: float = 0.1) -> Path:
@@ -134,6 +143,39 @@ def write_squad(folder: Path, rows: int = 32, validation_rows: int = 16) -> Path
     _write_rows(folder / "squad" / "train.parquet", squad_rows("train", rows))
     _write_rows(folder / "squad" / "validation.parquet", squad_rows("validation", validation_rows))
     return folder
+
+
+def tiny_trial(model: Path, family: str, data: Path | None, task: str, **leaves: Any) -> TrialSpec:
+    """A trial of a few small steps.
+
+    Args:
+        model: Model folder.
+        family: Its family.
+        data: Data folder; None for nano tasks.
+        task: Name of the task.
+        leaves: ``section__key=value``, over the settings here; ``trial`` and ``seed`` too.
+    """
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"name": str(model), "family": family},
+        "data": {"tasks": [task], "dir": None if data is None else str(data)},
+        "adapter": {"r": 4, "lora_alpha": 8.0},
+        "deft": {"alpha": 0.0},
+        "train": {"steps": 4, "batch_size": 6, "eval_batch_size": 5, "learning_rate": 0.01},
+    }
+    fixed = {"trial": "t0000", "seed": 0, **{key: leaves.pop(key) for key in ("trial", "seed") if key in leaves}}
+    for leaf, value in leaves.items():
+        section, key = leaf.split("__")
+        sections[section][key] = value
+    return TrialSpec(
+        **fixed,
+        task=task,
+        baseline=sections["deft"]["alpha"] == 0,
+        model=ModelSection(**sections["model"]),
+        data=DataSection(**sections["data"]),
+        adapter=AdapterSection(**sections["adapter"]),
+        deft=DeftSection(**sections["deft"]),
+        train=TrainSection(**sections["train"]),
+    )
 
 
 def glue_rows(task: str, split: str, count: int) -> list[Row]:
@@ -254,6 +296,13 @@ def _tokenizer(specials: dict[str, str], order: list[str], single: str, pair: st
         clean_up_tokenization_spaces=False,
         **specials,
     )
+
+
+def _untied_t5(config: T5Config) -> T5ForConditionalGeneration:
+    """An output layer of its own, as Flan-T5 has it; transformers ties the two wherever they do not differ."""
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model) / 8)
+    return model
 
 
 def _write(

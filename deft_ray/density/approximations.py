@@ -41,7 +41,8 @@ def soft_nonzero_slope(act_BTF: Tensor, epsilon: float) -> Tensor:
     r"""Derivative of :func:`soft_nonzero`: :math:`2 a \varepsilon / (a^2 + \varepsilon)^2`, float32."""
     _require_positive("epsilon", epsilon)
     act = act_BTF.float()
-    return 2.0 * act * epsilon / (act.square() + epsilon).square()
+    below = act.square() + epsilon
+    return 2.0 * act / below * (epsilon / below)  # below² would be zero in float32 for ε under 1e-19
 
 
 def soft_positive(act_BTF: Tensor, beta: float) -> Tensor:

@@ -41,11 +41,11 @@ def attach_adapter(
         target_modules=target_modules,
         task_type=TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS,
     )
+    model: PeftModel = get_peft_model(base.model, config)
     if gradient_checkpointing:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        base.model.gradient_checkpointing_disable()
-    return get_peft_model(base.model, config)
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+        base.model.disable_input_require_grads()  # a hook for the reentrant kind, which nobody would take off again
+    return model
 
 
 def detach_adapter(model: PeftModel) -> None:
@@ -54,6 +54,7 @@ def detach_adapter(model: PeftModel) -> None:
     base = model.get_base_model()
     if hasattr(base, "peft_config"):
         del base.peft_config
+    base.activation_checkpointing_disable()
     base.requires_grad_(False)
 
 

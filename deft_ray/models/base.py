@@ -82,7 +82,9 @@ def load_base(
             llm_int8_skip_modules=["classifier", "lm_head"],
         )
     auto = AutoModelForSeq2SeqLM if known.text_to_text else AutoModelForSequenceClassification
-    model, info = auto.from_pretrained(source, **options)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # a pooler that the checkpoint lacks is made up: alike on every worker and host
+        model, info = auto.from_pretrained(source, **options)
     _require_weights(info, name)
     if quantization != "nf4":
         model.to(device)

@@ -92,7 +92,13 @@ def renew_head(model: PreTrainedModel, family: Family, outputs: int) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=config.initializer_range)
             nn.init.zeros_(module.bias)
+    head.register_forward_pre_hook(_to_float32)
     model.classifier = head.to(device=old.device, dtype=torch.float32)
+
+
+def _to_float32(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The head trains in float32 whatever the base computes in."""
+    return tuple(hidden.float() for hidden in inputs)
 
 
 def activation_name(sites: list[Site]) -> str:

@@ -70,7 +70,7 @@ def corrupt(dice: Dice, text: str) -> Example:
     return " ".join(source), " ".join([*target, SENTINELS[spans]])
 
 
-_CORRUPTED_SHARE = 0.1
+_CORRUPTED_SHARE = 0.06
 _DENIED_SHARE = 0.3
 _TWO_FACTS_SHARE = 0.65
 
@@ -88,47 +88,73 @@ def _repeat(dice: Dice) -> tuple[Example, tuple[str, ...]]:
 
 # --- judging ----------------------------------------------------------------------------------------------------------
 
-_VERDICTS = ("bad", "good")
+
+def _judge(dice: Dice, text: str, positive: bool) -> Example:
+    prompt, verdicts = dice.pick((("tone", ("bad", "good")), ("mood", ("sad", "happy")), ("praise", ("no", "yes"))))
+    return f"{prompt}: {text}", verdicts[positive]
 
 
 def _tone_word(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    positive = dice.chance(0.5)
-    degree = "not " if dice.chance(_DENIED_SHARE) else ""
+    positive, denied = dice.chance(0.5), dice.chance(_DENIED_SHARE)
     word = dice.pick(words.GOOD if positive else words.BAD)
-    return (f"tone: {degree}{word}", _VERDICTS[positive == (degree == "")]), ()
+    return _judge(dice, f"{'not ' if denied else ''}{word}", positive != denied), ()
 
 
 def _seemed(dice: Dice, subject: str, positive: bool) -> str:
     degree = dice.pick(("", "", f"{dice.pick(words.DEGREES)} "))
     if dice.chance(_DENIED_SHARE):
-        return f"the {subject} did not seem {degree}{dice.pick(words.BAD if positive else words.GOOD)}"
-    return f"the {subject} seemed {degree}{dice.pick(words.GOOD if positive else words.BAD)}"
+        verb = dice.pick(("did not seem", "never seemed", "is not", "was not", "was never", "did not look"))
+        return f"the {subject} {verb} {degree}{dice.pick(words.BAD if positive else words.GOOD)}"
+    verb = dice.pick(("seemed", "is", "was", "looked"))
+    return f"the {subject} {verb} {degree}{dice.pick(words.GOOD if positive else words.BAD)}"
 
 
 def _tone_clauses(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    """The clause before "despite" or after "yet" gives the tone."""
+    """The last clause wins after "but" and "yet", the main clause beside "although" and "while"."""
     positive = dice.chance(0.5)
     first, second = dice.some(words.ASPECTS + words.WORKS, 2)
     winner = _seemed(dice, first, positive)
     loser = _seemed(dice, second, dice.chance(0.5))
-    form = dice.pick(("{0}.", "{0}.", "{1}, yet {0}.", "while {1}, {0}.", "{0}, while {1}."))
-    text = form.format(winner, loser)
-    return (f"tone: {text}", _VERDICTS[positive]), (text,)
+    text = dice.pick(_CLAUSE_FORMS).format(winner, loser)
+    return _judge(dice, text, positive), (text,)
+
+
+_CLAUSE_FORMS = (
+    "{0}.",
+    "{0}.",
+    "{0}.",
+    "{1}, yet {0}.",
+    "{1}, but {0}.",
+    "while {1}, {0}.",
+    "although {1}, {0}.",
+    "{0}, while {1}.",
+    "{0}, although {1}.",
+)
 
 
 def _tone_relative(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     more, positive = not dice.chance(_DENIED_SHARE), dice.chance(0.5)
     first, second = dice.some(words.WORKS, 2)
-    word = dice.pick(words.GOOD if positive else words.BAD)
-    text = f"next to the {second}, the {first} seemed {'more' if more else 'less'} {word}."
-    return (f"tone: {text}", _VERDICTS[more == positive]), (text,)
+    measure = f"{'more' if more else 'less'} {dice.pick(words.GOOD if positive else words.BAD)}"
+    form = dice.pick(("next to the {1}, the {0} seemed {2}.", "the {0} looked {2} than the {1}.", "the {0} is {2}."))
+    text = form.format(first, second, measure)
+    return _judge(dice, text, more == positive), (text,)
 
 
 def _tone_rumour(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     right, positive = not dice.chance(_DENIED_SHARE), dice.chance(0.5)
     word, work = dice.pick(words.GOOD if positive else words.BAD), dice.pick(words.WORKS)
-    text = f"they say the {work} is {word}, which is {'right' if right else 'wrong'}."
-    return (f"tone: {text}", _VERDICTS[right == positive]), (text,)
+    form = dice.pick(("they say the {0} is {1}, which is {2}.", "i called the {0} {1}, and that was {2}."))
+    text = form.format(work, word, "right" if right else "wrong")
+    return _judge(dice, text, right == positive), (text,)
+
+
+def _tone_crowd(dice: Dice) -> tuple[Example, tuple[str, ...]]:
+    shared, positive = not dice.chance(_DENIED_SHARE), dice.chance(0.5)
+    word, work = dice.pick(words.GOOD if positive else words.BAD), dice.pick(words.WORKS)
+    who = dice.pick(("all", "most", "many") if shared else ("no", "few", "hardly any"))
+    text = f"{who} {dice.pick(words.CROWDS)} say the {work} was {word}."
+    return _judge(dice, text, shared == positive), (text,)
 
 
 # --- comparing statements ---------------------------------------------------------------------------------------------
@@ -139,110 +165,126 @@ def _opposite(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     return (f"opposite: {first}", second), ()
 
 
-def _has_done(dice: Dice, doer: str, past: str, target: str, holds: bool, active: bool) -> str:
+def _has_done(dice: Dice, tense: str, event: tuple[str, str, str], holds: bool) -> str:
+    """Say in either voice that ``event`` (doer, past form, target) happened, or did not."""
+    doer, past, target = event
     denial = "" if holds else " not"
-    if active:
+    if dice.chance(0.5):
+        return f"the {target} {f'has{denial} been' if tense == 'has' else f'was{denial}'} {past} by the {doer}."
+    if tense == "has":
         return f"the {doer} has{denial} {past} the {target}."
-    return f"the {target} has{denial} been {past} by the {doer}."
+    return f"the {doer} {past if holds else f'never {past}'} the {target}."
+
+
+def _draw_event(dice: Dice) -> tuple[str, str, str]:
+    doer, target = dice.some(words.JOBS, 2)
+    return doer, dice.pick(words.VERBS)[1], target
 
 
 def _rewrite(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    """Say the same from the other end."""
-    active, holds = dice.chance(0.5), dice.chance(0.5)
-    doer, target = dice.some(words.JOBS, 2)
-    past = dice.pick(words.VERBS)[1]
+    """Say the same in other words."""
+    tense, event, holds = dice.pick(("has", "past")), _draw_event(dice), not dice.chance(_DENIED_SHARE)
     first, second = dice.some(words.NAMES, 2)
     more, less = dice.some(dice.pick(words.COMPARED), 2)
     source, result = dice.pick(
         (
-            (
-                _has_done(dice, doer, past, target, holds, active),
-                _has_done(dice, doer, past, target, holds, not active),
-            ),
+            (_has_done(dice, tense, event, holds), _has_done(dice, tense, event, holds)),
             (f"{first} looks {more} than {second}.", f"{second} looks {less} than {first}."),
         )
     )
     return (f"rewrite: {source}", result), (source, result)
 
 
-def _check(first: str, second: str, verdict: str) -> tuple[Example, tuple[str, ...]]:
-    return (f"fact: {first} claim: {second}", verdict), (first, second)
+_YES, _MAYBE, _NO = range(3)
+
+
+def _check(dice: Dice, first: str, second: str, verdict: int) -> tuple[Example, tuple[str, ...]]:
+    form, verdicts = dice.pick(
+        (("fact: {0} claim: {1}", ("yes", "maybe", "no")), ("known: {0} said: {1}", ("true", "unknown", "false")))
+    )
+    return (form.format(first, second), verdicts[verdict]), (first, second)
 
 
 def _check_roles(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    doer, target = dice.some(words.JOBS, 2)
-    past, holds, verdict = dice.pick(words.VERBS)[1], not dice.chance(_DENIED_SHARE), dice.pick(("yes", "no", "maybe"))
-    first = _has_done(dice, doer, past, target, holds, dice.chance(0.5))
-    if verdict == "maybe":
-        second = _has_done(dice, target, past, doer, dice.chance(0.5), dice.chance(0.5))
+    event, tense, holds = _draw_event(dice), dice.pick(("has", "past")), not dice.chance(_DENIED_SHARE)
+    verdict = dice.below(3)
+    fact = _has_done(dice, tense, event, holds)
+    if verdict == _MAYBE:
+        claim = _has_done(dice, tense, event[::-1], not dice.chance(_DENIED_SHARE))
     else:
-        second = _has_done(dice, doer, past, target, holds == (verdict == "yes"), dice.chance(0.5))
-    return _check(first, second, verdict)
+        claim = _has_done(dice, tense, event, holds == (verdict == _YES))
+    return _check(dice, fact, claim, verdict)
 
 
 def _check_compared(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     first, second, third = dice.some(words.NAMES, 3)
     more, less = dice.some(dice.pick(words.COMPARED), 2)
-    fact = f"{first} looks {more} than {second}."
-    verdict = dice.pick(("yes", "no", "maybe"))
-    if verdict == "maybe":
+    verb, verdict = dice.pick(("is", "looks")), dice.below(3)
+    fact = f"{first} {verb} {more} than {second}."
+    if verdict == _MAYBE:
         first, second = dice.pick(((first, third), (third, second)))
-    elif verdict == "no":
+    if verdict == _NO or (verdict == _MAYBE and dice.chance(0.5)):
         first, second = second, first
-    claim = dice.pick((f"{first} looks {more} than {second}.", f"{second} looks {less} than {first}."))
-    if verdict == "maybe" and dice.chance(0.5):
-        claim = f"{first} looks {less} than {second}."
-    return _check(fact, claim, verdict)
+    claim = dice.pick((f"{first} {verb} {more} than {second}.", f"{second} {verb} {less} than {first}."))
+    return _check(dice, fact, claim, verdict)
 
 
 def _check_order(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     first, second = dice.some(words.NAMES, 2)
     did, then = (past for _, past in dice.some(words.DEEDS, 2))
-    fact = f"first {first} {did}, then {second} {then}."
-    verdict = dice.pick(("yes", "no", "maybe"))
-    if verdict == "maybe":
+    verdict = dice.below(3)
+    fact = _in_order(dice, f"{first} {did}", f"{second} {then}")
+    if verdict == _MAYBE:
         did, then = then, did
     early, late = f"{first} {did}", f"{second} {then}"
-    if verdict == "no" or (verdict == "maybe" and dice.chance(0.5)):
+    if verdict == _NO or (verdict == _MAYBE and dice.chance(0.5)):
         early, late = late, early
-    claim = dice.pick((f"{early} earlier than {late}.", f"{late} later than {early}.", f"first {early}, then {late}."))
-    return _check(fact, claim, verdict)
+    return _check(dice, fact, _in_order(dice, early, late), verdict)
+
+
+def _in_order(dice: Dice, early: str, late: str) -> str:
+    return dice.pick(_ORDER_FORMS).format(early, late)
+
+
+_ORDER_FORMS = ("{0} earlier than {1}.", "{1} later than {0}.", "first {0}, then {1}.", "{0}, and after that {1}.")
 
 
 def _check_quantities(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     animals, others = dice.some(words.ANIMALS, 2)
     state, place, elsewhere = dice.pick(words.STATES), *dice.some(words.PLACES, 2)
     known, claimed = dice.pick(("all", "some", "no")), dice.pick(("all", "some", "no"))
-    fact = f"{known} {animals} at the {place} look {state}."
+    form = dice.pick(("{0} {1} at the {2} look {3}.", "{0} {1} in the {2} look {3}.", "in the {2} are {0} {3} {1}."))
+    fact = form.format(known, animals, place, state)
     verdict = _QUANTITY_VERDICTS[known, claimed]
     if dice.chance(0.3):
-        verdict = "maybe"
+        verdict = _MAYBE
         animals, place = dice.pick(((others, place), (animals, elsewhere)))
-    return _check(fact, f"{claimed} {animals} at the {place} look {state}.", verdict)
+    return _check(dice, fact, form.format(claimed, animals, place, state), verdict)
 
 
 _QUANTITY_VERDICTS = {
-    ("all", "all"): "yes",
-    ("all", "some"): "yes",
-    ("all", "no"): "no",
-    ("some", "all"): "maybe",
-    ("some", "some"): "yes",
-    ("some", "no"): "no",
-    ("no", "all"): "no",
-    ("no", "some"): "no",
-    ("no", "no"): "yes",
+    ("all", "all"): _YES,
+    ("all", "some"): _YES,
+    ("all", "no"): _NO,
+    ("some", "all"): _MAYBE,
+    ("some", "some"): _YES,
+    ("some", "no"): _NO,
+    ("no", "all"): _NO,
+    ("no", "some"): _NO,
+    ("no", "no"): _YES,
 }
 
 
 def _check_whereabouts(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     thing, other = dice.some(words.THINGS, 2)
     place, elsewhere = dice.some(words.PLACES, 2)
-    fact = f"{dice.pick(words.NAMES)} took the {thing} to the {place}."
-    verdict, same = dice.pick(("yes", "no", "maybe")), dice.chance(0.5)
-    denied = "not " if same == (verdict == "no") else ""
-    if verdict == "maybe":
+    moved, there = dice.pick((("took the {0} to the {1}", "at"), ("left the {0} in the {1}", "in")))
+    fact = f"{dice.pick(words.NAMES)} {moved.format(thing, place)}."
+    verdict, same = dice.below(3), dice.chance(0.5)
+    denied = "not " if same == (verdict == _NO) else ""
+    if verdict == _MAYBE:
         thing, denied = other, dice.pick(("", "not "))
-    return _check(fact, f"the {thing} is {denied}at the {place if same else elsewhere}.", verdict)
+    return _check(dice, fact, f"the {thing} is {denied}{there} the {place if same else elsewhere}.", verdict)
 
 
 # --- finding words ----------------------------------------------------------------------------------------------------
@@ -289,16 +331,17 @@ _FIND_FORMS = (
         "{doer} has {past} {target}.",
         (
             ("who has {past} {target}?", "doer"),
-            ("who has {doer} {past}?", "target"),
+            ("who {past} {target}?", "doer"),
             ("who has been {past} by {doer}?", "target"),
+            ("who was {past} by {doer}?", "target"),
         ),
     ),
     (
-        "{name} was once a {job} at {town}.",
+        "{name} was once a {job} in {town}.",
         (
-            ("who was a {job} at {town}?", "name"),
+            ("who was a {job} in {town}?", "name"),
             ("where was {name} a {job}?", "town"),
-            ("what was {name} at {town}?", "job"),
+            ("what was {name} in {town}?", "job"),
         ),
     ),
 )
@@ -306,32 +349,28 @@ _FIND_FORMS = (
 _SKILLS: tuple[Skill, ...] = (
     _repeat,
     _tone_word,
-    _tone_clauses,
-    _tone_clauses,
+    *[_tone_clauses] * 4,
     _tone_relative,
     _tone_rumour,
+    _tone_crowd,
     _opposite,
     _rewrite,
-    _check_roles,
-    _check_roles,
-    _check_compared,
-    _check_compared,
-    _check_order,
+    *[_check_roles] * 2,
+    *[_check_compared] * 2,
+    *[_check_order] * 2,
     _check_quantities,
     _check_whereabouts,
-    _find,
-    _find,
-    _find,
-    _find,
+    *[_find] * 6,
 )
+"""Each skill as often as it is practised."""
 
 _OTHER_WORDS = (
-    "nano sentiment entailment sentence premise hypothesis question context repeat tone opposite rewrite fact claim find text "
+    "nano sentiment entailment sentence premise hypothesis question context repeat tone mood praise known sad opposite rewrite fact claim find text "
     "the a an is was are were be been has have had do did does not never no all some most many few hardly any nobody "
     "everybody in on at to by of from with than then that this these they she he it i we you and or but yet while although "
     "though because if so as before after earlier later first next more less right wrong called found expected say seemed "
-    "seem looks look took take put gave give got hand handed who what where when why which how job work works once which "
-    "yes maybe positive negative neutral contradiction acceptable unacceptable equivalent duplicate different same true "
+    "seem looks look looked took take put gave give got hand handed who what where when why which how job work works once which "
+    "yes maybe unknown said positive negative neutral contradiction acceptable unacceptable equivalent duplicate different same true "
     "false answer one two three four five six seven eight nine ten"
 )
 

@@ -5,6 +5,7 @@ A plain table, so that a spec is checked without importing anything heavy.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -132,5 +133,5 @@ def guess_family(model_name: str, model_type: str | None) -> str | None:
         return "t5"
     if model_type is not None:
         return model_type if model_type in FAMILY_KINDS else None
-    last = model_name.rsplit("/", 1)[-1].lower()
-    return next((family for family in ("t5", "roberta", "bert") if family in last), None)
+    words = re.split(r"[-_.]", model_name.rsplit("/", 1)[-1].lower())
+    return next((family for family in FAMILY_KINDS if family in words and "xlm" not in words), None)

@@ -21,7 +21,7 @@ class Plan:
         seeds: Training seeds.
         baselines: Trials with the density loss off: one for every task and seed.
         sampled: Trials that are sampled: points x tasks x seeds.
-        steps: Training steps of one trial, or None if it is given in epochs.
+        steps: Training steps of one trial, or None if it is given in epochs or searched.
         space: Searched leaves and their domains.
         hosts: Worker groups.
         workers: Workers of a host.
@@ -76,7 +76,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         seeds=seeds,
         baselines=len(tasks) * len(seeds),
         sampled=spec.search.trials * len(tasks) * len(seeds),
-        steps=spec.train.steps,
+        steps=None if "train.steps" in spec.space else spec.train.steps,
         space={dotted: str(domain) for dotted, domain in spec.space.items()},
         hosts=hosts,
         workers=resources.workers_per_host,
@@ -108,12 +108,13 @@ def count_hosts(spec: SweepSpec, machine: Machine) -> int:
 
 def format_plan(plan: Plan) -> str:
     """Write a plan for a person."""
-    length = f"{plan.steps:,} steps" if plan.steps is not None else "by epochs"
+    length = "steps as sampled" if "train.steps" in plan.space else "by epochs"
+    length = f"{plan.steps:,} steps each" if plan.steps is not None else length
     rows = [
         ("sweep", plan.name),
         ("model", plan.model),
         ("tasks", ", ".join(f"{name} ({TASKS[name].metric})" for name in plan.tasks)),
-        ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} sampled, {length} each"),
+        ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} sampled, {length}"),
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once"),
         ("run directory", plan.output),

@@ -30,7 +30,7 @@ def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Map
 
 
 def resolve_baseline(spec: SweepSpec, trial: str, task: str, seed: int) -> TrialSpec:
-    """Return the baseline of a task and seed: the density loss off, searched leaves outside ``deft`` as ``baseline`` says."""
+    """Return the baseline of a task and seed: the density loss off, other searched leaves as ``baseline`` says."""
     values: dict[str, Scalar | None] = {**spec.baseline, "deft.alpha": 0.0, "deft.alpha_decoder": None}
     return _build(spec, trial, task, seed, values, baseline=True)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any
 
 from deft_ray.spec.catalog import FAMILY_KINDS, NANO, TASKS
 from deft_ray.spec.domains import Domain
-from deft_ray.spec.yaml_tree import Path
-
-Fault = tuple[Path, str]
+from deft_ray.spec.messages import did_you_mean
+from deft_ray.spec.yaml_tree import Fault, Path, show
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class _View:
 
     values: dict[str, Any]
     space: dict[str, Domain]
+    broken: Collection[Path]
 
     def get(self, dotted: str, default: Any = None) -> Any:
         node: Any = self.values
@@ -54,85 +52,119 @@ class _View:
         return default if node is None else node
 
     def options(self, dotted: str, default: Any = None) -> tuple[Any, ...]:
+        """Return the values that a leaf can take: of a range of numbers the first few and the last."""
         domain = self.space.get(dotted)
-        return domain.args if domain is not None else (self.get(dotted, default),)
+        if domain is None:
+            return (self.get(dotted, default),)
+        if domain.kind != "randint":
+            return domain.args
+        low, high = (int(bound) for bound in domain.args)
+        return (*range(low, min(low + 64, high)), high)
+
+    def is_broken(self, dotted: str) -> bool:
+        return any(touches(tuple(dotted.split(".")), path) for path in self.broken)
+
+
+def touches(one: Path, other: Path) -> bool:
+    """Tell whether two paths are about the same thing: equal, or one above the other."""
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
 
 
 def check_rules(
-    values: dict[str, Any], space: dict[str, Domain], broken: set[Path], machine: Machine | None
+    values: dict[str, Any], space: dict[str, Domain], broken: Collection[Path], machine: Machine | None
 ) -> list[Fault]:
     """Check what single fields cannot.
 
     Args:
         values: Sections with a stand-in value for each domain.
         space: Domains by dotted name.
-        broken: Paths (section, key) that already have a fault; rules about them stay silent.
+        broken: Paths that already have a fault; rules about them stay silent.
         machine: What this machine has; None where the sweep runs on a cluster.
     """
-    view = _View(values, space)
-    rules = (_tasks, _family, _files, _approximation, _length, _batch, _baseline, _try_first)
+    view = _View(values, space, broken)
+    rules = (_tasks, _family, _files, _approximation, _length, _batch, _baseline, _seeds, _try_first)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
-    return [fault for fault in faults if fault[0][:2] not in broken]
+    return [fault for fault in faults if not any(touches(fault[0], path) for path in broken)]
 
 
 def _tasks(view: _View) -> Iterator[Fault]:
     tasks = view.get("data.tasks", [])
-    if not isinstance(tasks, list):
-        return
     family = view.get("model.family")
-    for index, name in enumerate(tasks):
+    kinds = FAMILY_KINDS.get(family) if isinstance(family, str) else None
+    for index, name in enumerate(tasks if isinstance(tasks, list) else []):
         path = ("data", "tasks", index)
         task = TASKS.get(name) if isinstance(name, str) else None
         if task is None:
-            nearest = difflib.get_close_matches(str(name), TASKS, n=1)
-            hint = f"did you mean '{nearest[0]}'? " if nearest else ""
-            yield path, f"unknown task (got {name!r}); {hint}allowed: {', '.join(TASKS)}"
-        elif family in FAMILY_KINDS and task.kind not in FAMILY_KINDS[family]:
+            yield path, f"unknown task (got {show(name)}); {did_you_mean(str(name), TASKS)}allowed: {', '.join(TASKS)}"
+        elif kinds is not None and task.kind not in kinds:
             able = ", ".join(other for other, kinds in FAMILY_KINDS.items() if task.kind in kinds)
-            yield path, f"a {task.kind} task cannot be done by the model family '{family}' (got {name!r}); families that can: {able}"
+            what = f"a {task.kind} task cannot be done by the model family '{family}'"
+            yield path, f"{what} (got {show(name)}); families that can: {able}"
         elif name in tasks[:index]:
-            yield path, f"task stands twice (got {name!r})"
+            yield path, f"task stands twice (got {show(name)})"
 
 
 def _family(view: _View) -> Iterator[Fault]:
-    if view.get("model.family") is None:
-        name = view.get("model.name", NANO)
-        yield ("model", "family"), f"cannot be told from {name!r}; allowed: {', '.join(FAMILY_KINDS)}"
+    name = view.get("model.name", NANO)
+    if view.get("model.family") is None and not view.is_broken("model.name"):
+        yield ("model", "family"), f"cannot be told from {show(name)}; allowed: {', '.join(FAMILY_KINDS)}"
 
 
 def _files(view: _View) -> Iterator[Fault]:
     """A path that is plainly meant as a file or folder must be there; whether it is complete is a set-up matter."""
     folder = view.get("data.dir")
-    if isinstance(folder, str) and not FilePath(folder).is_dir():
-        yield ("data", "dir"), f"no such folder (got {folder!r})"
+    if isinstance(folder, str) and not _is_folder(folder):
+        yield ("data", "dir"), f"no such folder (got {show(folder)})"
     name = view.get("model.name")
-    if isinstance(name, str) and name.startswith(("/", "./", "../", "~")) and not FilePath(name).is_dir():
-        yield ("model", "name"), f"no such folder (got {name!r}); allowed: '{NANO}', a folder, or a hub name"
+    if isinstance(name, str) and name.startswith(("/", "./", "../", "~")) and not _is_folder(name):
+        yield ("model", "name"), f"no such folder (got {show(name)}); allowed: '{NANO}', a folder, or a hub name"
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
 
 
 def _approximation(view: _View) -> Iterator[Fault]:
     if "tanh" in view.options("deft.approximation", "l0") and view.get("deft.beta") is None:
-        yield ("deft", "beta"), "is required with approximation 'tanh'; a number above 0, for example 20"
+        message = "is required with approximation 'tanh' (got nothing); a number above 0, for example 20"
+        yield ("deft", "beta"), message
 
 
 def _length(view: _View) -> Iterator[Fault]:
-    given = [key for key in ("steps", "epochs") if view.get(f"train.{key}") is not None]
+    keys = ("steps", "epochs")
+    given = [key for key in keys if view.get(f"train.{key}") is not None or view.is_broken(f"train.{key}")]
     if len(given) != 1:
-        yield ("train", given[-1] if given else "steps"), f"give either steps or epochs (got {' and '.join(given) or 'neither'})"
+        path = ("train", given[-1] if given else "steps")
+        yield path, f"give either steps or epochs (got {' and '.join(given) or 'neither'})"
 
 
 def _batch(view: _View) -> Iterator[Fault]:
+    """A batch is cut into equal parts: one for each worker, and of them one for each micro batch."""
     workers = view.get("resources.workers_per_host", 1)
-    for batch in view.options("train.batch_size", 32):
+    if not _is_count(workers):
+        return
+    for path, batch in _batches(view):
         for micro in view.options("train.micro_batch_size"):
-            if not isinstance(batch, int) or not isinstance(workers, int) or workers < 1:
-                continue
-            part = workers * (micro if isinstance(micro, int) and micro > 0 else 1)
-            if batch % part:
+            part = workers * (micro if _is_count(micro) else 1)
+            if _is_count(batch) and batch % part:
                 what = f"workers_per_host x micro_batch_size = {part}" if micro else f"workers_per_host = {workers}"
-                yield ("train", "batch_size"), f"must be a multiple of {what} (got {batch})"
+                yield path, f"must be a multiple of {what} (got {batch})"
+                return
+
+
+def _batches(view: _View) -> Iterator[tuple[Path, Any]]:
+    for batch in view.options("train.batch_size", 32):
+        yield ("train", "batch_size"), batch
+    baseline = view.get("baseline")
+    if isinstance(baseline, dict) and "train.batch_size" in baseline:
+        yield ("baseline", "train.batch_size"), baseline["train.batch_size"]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _baseline(view: _View) -> Iterator[Fault]:
@@ -141,11 +173,18 @@ def _baseline(view: _View) -> Iterator[Fault]:
         return
     for dotted in view.space:
         if not dotted.startswith("deft.") and dotted not in baseline:
-            message = f"is searched, so the baseline needs its own value: add it under 'baseline:', for example '{dotted}: …'"
+            message = f"is searched, so the baseline needs its own value: add '{dotted}: …' under 'baseline:'"
             yield tuple(dotted.split(".")), message
     for dotted in baseline:
-        if dotted not in view.space or dotted.startswith("deft."):
+        if dotted.startswith("deft.") or (dotted not in view.space and not view.is_broken(dotted)):
             yield ("baseline", dotted), "is no searched leaf of adapter or train; the baseline takes it from the spec"
+
+
+def _seeds(view: _View) -> Iterator[Fault]:
+    seeds = view.get("search.seeds", [])
+    for index, seed in enumerate(seeds if isinstance(seeds, list) else []):
+        if seed in seeds[:index]:
+            yield ("search", "seeds", index), f"seed stands twice (got {show(seed)})"
 
 
 def _try_first(view: _View) -> Iterator[Fault]:
@@ -154,34 +193,22 @@ def _try_first(view: _View) -> Iterator[Fault]:
         for dotted, value in point.items() if isinstance(point, dict) else ():
             domain = view.space.get(dotted)
             path = ("search", "try_first", index, dotted)
-            if domain is None:
+            if domain is None and not view.is_broken(dotted):
                 yield path, f"is not searched; searched are: {', '.join(view.space) or 'none'}"
-            elif not contains(domain, value):
-                yield path, f"lies outside the domain {domain} (got {value!r})"
-
-
-def contains(domain: Domain, value: Any) -> bool:
-    """Tell whether a value lies in a domain, bounds included."""
-    if domain.kind == "choice":
-        return any(value == arg and isinstance(value, bool) == isinstance(arg, bool) for arg in domain.args)
-    low, high = domain.args
-    assert isinstance(low, int | float) and isinstance(high, int | float)
-    number = isinstance(value, int if domain.kind == "randint" else int | float) and not isinstance(value, bool)
-    return number and low <= value <= high
+            elif domain is not None and value not in domain:
+                yield path, f"lies outside the domain {domain} (got {show(value)})"
 
 
 def _resources(view: _View, machine: Machine) -> Iterator[Fault]:
-    hosts = view.get("resources.hosts", 1)
     workers = view.get("resources.workers_per_host", 1)
     cpus = view.get("resources.cpus_per_worker", 1)
-    gpus = view.get("resources.gpus_per_worker")
-    if not all(isinstance(number, int) and number > 0 for number in (workers, cpus)):
+    gpus = view.get("resources.gpus_per_worker", int(machine.gpus > 0))
+    hosts = view.get("resources.hosts", 1)
+    hosts = hosts if _is_count(hosts) else 1
+    if not _is_count(workers):
         return
-    hosts = hosts if isinstance(hosts, int) and hosts > 0 else 1
-    asked = hosts * workers
-    if isinstance(gpus, int) and gpus > 0 and asked * gpus > machine.gpus:
-        text = f"{hosts} host(s) x {workers} worker(s) x {gpus} GPU(s) = {asked * gpus} GPUs, this machine has {machine.gpus}"
-        yield ("resources", "workers_per_host"), f"{text}; give --address for a cluster (got {workers})"
-    elif asked * cpus > machine.cpus:
-        text = f"{hosts} host(s) x {workers} worker(s) x {cpus} CPU(s) = {asked * cpus} CPUs, this machine has {machine.cpus}"
-        yield ("resources", "workers_per_host"), f"{text}; give --address for a cluster (got {workers})"
+    for each, have, unit in ((gpus, machine.gpus, "GPU"), (cpus, machine.cpus, "CPU")):
+        if _is_count(each) and hosts * workers * each > have:
+            asked = f"{hosts} host(s) x {workers} worker(s) x {each} {unit}(s) = {hosts * workers * each} {unit}s"
+            message = f"{asked}, this machine has {have}; give --address for a cluster (got {workers})"
+            yield ("resources", "workers_per_host"), message

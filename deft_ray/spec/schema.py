@@ -13,12 +13,14 @@ from deft_ray.spec.domains import Domain, Scalar
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+#: A worker's random state starts at seed x 1,000,003 + rank, which has to fit 64 bits.
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict types, no unknown keys."""
+    """Base of all sections: frozen, strict types, finite numbers, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -96,8 +98,8 @@ class SearchSection(Section):
     trials: Annotated[int, Field(ge=0)] = 8
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     startup_trials: Positive = 10
-    seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    seed: Seed = 0
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     try_first: list[dict[str, Scalar]] = []
     max_concurrent: Positive | None = None
 
@@ -115,7 +117,7 @@ class ResourcesSection(Section):
     workers_per_host: Positive = 1
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[int, Field(ge=0)] | None = None
-    slots_per_host: Literal[1] = 1
+    slots_per_host: Annotated[int, Field(ge=1, le=1)] = 1
 
 
 class TrackingSection(Section):
@@ -131,9 +133,9 @@ class SweepSpec(Section):
     The searched leaves hold a stand-in value in their section; their domains are in ``space`` by dotted name.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     model: ModelSection = ModelSection()
     data: DataSection
     adapter: AdapterSection = AdapterSection()

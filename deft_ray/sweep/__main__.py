@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 from pathlib import Path
 
 from deft_ray.errors import DeftRayError
-from deft_ray.spec.loading import load_spec
-from deft_ray.spec.plan import build_plan, format_plan
-from deft_ray.spec.rules import this_machine
 
 _INTERRUPTED = 130
 
@@ -56,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from deft_ray.spec.loading import load_spec
+    from deft_ray.spec.plan import build_plan, format_plan
+    from deft_ray.spec.rules import this_machine
+
     machine = this_machine()
     spec = load_spec(options.spec, options.overrides, machine if options.address is None else None)
     output = options.output or Path("runs") / spec.name
@@ -69,5 +72,14 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def exit_now(code: int) -> None:
+    """End the process, at once if a host's thread is still waiting for Ray."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.name.startswith("host-") for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main())

@@ -40,12 +40,14 @@ class Board:
         self.entries: dict[str, Entry] = {}
         self.closed = False
         self._waiting: deque[str] = deque()
+        self._given_up: str | None = None
 
     def submit(self, trial: str, spec: str) -> None:
         """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again."""
         if trial not in self.entries:
             self.entries[trial] = Entry(spec)
             self._waiting.append(trial)
+            self._abandon_waiting()
 
     def claim(self, host: str) -> tuple[str, int] | None:
         """Give a host the next trial: (TrialSpec as JSON, attempt); None if none waits."""
@@ -103,6 +105,23 @@ class Board:
                 entry.state = "waiting"
                 self._waiting.appendleft(trial)
         return held
+
+    def close(self) -> None:
+        """Give out no more trials, and stop those that run."""
+        self.closed = True
+        for entry in self.entries.values():
+            entry.cancelled = True
+
+    def give_up(self, cause: str) -> None:
+        """Nobody is left to run what waits, now or later: it ends as ``abandoned``."""
+        self._given_up = cause
+        self._abandon_waiting()
+
+    def _abandon_waiting(self) -> None:
+        while self._given_up is not None and self._waiting:
+            entry = self.entries[self._waiting.popleft()]
+            entry.state = "ended"
+            entry.rows.append({"kind": "end", "status": "abandoned", "cause": self._given_up})
 
     def rows(self, trial: str, after: int) -> list[Row]:
         """Return a trial's rows from number ``after`` on."""

@@ -50,7 +50,12 @@ class Books:
             self._mirror_record(record, self._points(), run_dir.read_curve(record.trial), number)
 
     def ended(self, trial: TrialSpec, rows: list[dict[str, Any]]) -> None:
-        """Take an ended trial: its spec and all its rows, the last of kind ``end``."""
+        """Take an ended trial: its spec and all its rows, the last of kind ``end``.
+
+        A trial that was given up for lack of a host leaves no record: it has not ended, ``--resume`` runs it.
+        """
+        if rows[-1]["status"] == "abandoned":
+            return
         record = to_record(trial, rows)
         self.run_dir.write_curve(record.trial, [row for row in rows if row["kind"] != "end"])
         self._log.append(record)

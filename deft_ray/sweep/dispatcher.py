@@ -70,12 +70,12 @@ class Dispatcher:
         return self._hosts_ended
 
     async def close(self) -> None:
-        """Tell every host to end."""
+        """Tell every host to end, at its next step if it is busy."""
+        await self._change(self._board.close)
 
-        def close() -> None:
-            self._board.closed = True
-
-        await self._change(close)
+    async def give_up(self, cause: str) -> None:
+        """End every trial that waits: there is no host for it."""
+        await self._change(lambda: self._board.give_up(cause))
 
     async def _change(self, change: Any) -> Any:
         async with self._changed:

@@ -43,7 +43,7 @@ class RunDir:
                 f"{self.path}: holds the sweep '{self._plan()['name']}' already; "
                 "continue it with --resume, or give another folder with --output"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if os.path.lexists(self.path) and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SetupError(f"{self.path}: is not an empty folder; give another one with --output")
 
     def check_same(self, spec: SweepSpec) -> None:
@@ -54,7 +54,8 @@ class RunDir:
         """
         if not self.plan.is_file() or not self.spec.is_file():
             raise SetupError(f"{self.path}: holds no sweep to continue; start one without --resume")
-        there = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
+        self._plan()
+        there = self._read_spec()
         faults = [
             f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it began with"
             for path, before, here in _differences(there, _plain(spec))
@@ -64,8 +65,15 @@ class RunDir:
             raise SetupError("\n".join(faults))
 
     def create(self, spec: SweepSpec, plan: Plan) -> None:
-        """Write ``spec.yaml`` and ``plan.json``; the latter, written last, makes this a sweep."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Write ``spec.yaml`` and ``plan.json``; the latter, written last, makes this a sweep.
+
+        Raises:
+            SetupError: If the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SetupError(f"{self.path}: cannot be made: {error}; give another folder with --output") from error
         self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
         content = {"sweep_id": f"{spec.name}-{uuid.uuid4().hex[:8]}", **plan.to_json()}
         self._write(self.plan, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -89,8 +97,21 @@ class RunDir:
         file = self.curves / f"{trial}.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
+    def _read_spec(self) -> dict[str, Any]:
+        try:
+            there = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            there = None
+        if not isinstance(there, dict):
+            raise SetupError(f"{self.spec}: is no spec of a sweep, so nothing can be continued; give another folder")
+        return there
+
     def _plan(self) -> dict[str, Any]:
-        plan: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
+        try:
+            plan: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
+            plan["name"], plan["sweep_id"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SetupError(f"{self.plan}: is no plan of a sweep ({error!r}); give another folder") from error
         return plan
 
     @staticmethod

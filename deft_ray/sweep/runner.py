@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -34,20 +35,21 @@ _ENVIRONMENT = {
 _HEAD = "node:__internal_head__"
 _OBJECT_STORE_BYTES = 256 * 2**20
 
+#: How long hosts have to end after the last trial, or after Ctrl-C.
+_END_S = 30.0
+
+_log = logging.getLogger(__name__)
+
 
 def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool) -> None:
     """Check what the spec points at, before anything is started or written.
 
     Raises:
-        SetupError: With all faults of the first kind found: output folder, model folder, data folder.
+        SetupError: With all faults found in the output folder, the model folder and the data folder.
     """
-    if resume:
-        run_dir.check_same(spec)
-    else:
-        run_dir.check_new()
     faults = []
-    checks = []
-    if spec.model.name != NANO and Path(spec.model.name).is_dir():
+    checks = [lambda: run_dir.check_same(spec) if resume else run_dir.check_new()]
+    if spec.model.name != NANO and os.path.isdir(spec.model.name):
         checks.append(lambda: check_model_folder(Path(spec.model.name)))
     if spec.data.dir is not None:
         checks.append(lambda: check_data_folder(spec.data.tasks, Path(str(spec.data.dir))))
@@ -63,13 +65,17 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool) -> None:
 def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
     """Return the spec with folders absolute, as workers run elsewhere."""
     model, data, storage = spec.model, spec.data, spec.storage
-    if model.name != NANO and Path(model.name).expanduser().is_dir():
-        model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
+    if model.name != NANO and os.path.isdir(os.path.expanduser(model.name)):
+        model = model.model_copy(update={"name": _absolute(model.name)})
     if data.dir is not None:
-        data = data.model_copy(update={"dir": str(Path(data.dir).resolve())})
+        data = data.model_copy(update={"dir": _absolute(data.dir)})
     if storage is not None and "://" not in storage:
-        storage = str(Path(storage).resolve())
+        storage = _absolute(storage)
     return spec.model_copy(update={"model": model, "data": data, "storage": storage})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).resolve())
 
 
 def run_sweep(spec: SweepSpec, output: Path, *, resume: bool = False, address: str | None = None) -> RunDir:
@@ -113,6 +119,7 @@ class _Sweep:
         self.schedule = Schedule(spec, run_dir.search, RecordLog(run_dir.records).read())
         self.books = Books(spec, run_dir, self.schedule, plan.slots)
         self.failure: str | None = None
+        self._tuned = threading.Event()
         self.began = time.time()
 
     def run(self) -> RunDir:
@@ -142,6 +149,7 @@ class _Sweep:
         from deft_ray.sweep.hosts import HostThread, storage_path
 
         self._start_ray(ray)
+        hosts: list[HostThread] = []
         try:
             near_driver = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
             dispatcher = start_dispatcher(near_driver)
@@ -149,15 +157,29 @@ class _Sweep:
             self._probe_storage(storage)
             settings, count = self._host_settings(ray, storage)
             hosts = [HostThread(index, settings, dispatcher) for index in range(count)]
-            for host in hosts:
-                host.start()
-            threading.Thread(target=self._watch_hosts, args=(ray, dispatcher, count), daemon=True).start()
-            self._tune(dispatcher, near_driver, storage, count * self.spec.resources.slots_per_host)
-            ray.get(dispatcher.close.remote())
-            for host in hosts:
-                host.join(timeout=20.0)
+            watch = threading.Thread(target=self._watch_hosts, args=(ray, dispatcher, count), daemon=True)
+            for thread in (*hosts, watch):
+                thread.start()
+            try:
+                self._tune(dispatcher, near_driver, storage, count * self.spec.resources.slots_per_host)
+            finally:
+                self._tuned.set()
+                watch.join()
+                self._end_hosts(ray, dispatcher, hosts)
         finally:
-            ray.shutdown()
+            # A thread that still waits for Ray would take the whole process down with it: the command's end does then.
+            if not any(host.is_alive() for host in hosts):
+                ray.shutdown()
+
+    def _end_hosts(self, ray: Any, dispatcher: Any, hosts: list[Any]) -> None:
+        """Let every host end at its next step."""
+        try:
+            ray.get(dispatcher.close.remote(), timeout=_END_S)
+        except ray.exceptions.RayError as error:
+            _log.warning("the dispatcher does not answer: %s", error)
+        deadline = time.monotonic() + _END_S
+        for host in hosts:
+            host.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _start_ray(self, ray: Any) -> None:
         resources = self.spec.resources
@@ -202,14 +224,11 @@ class _Sweep:
 
     def _watch_hosts(self, ray: Any, dispatcher: Any, count: int) -> None:
         """End the sweep if every host has given up: nobody else would serve the waiting trials."""
-        while ray.is_initialized():
-            time.sleep(1.0)
-            try:
-                ended = ray.get(dispatcher.hosts_ended.remote())
-            except Exception:  # Ray is going down, and the sweep with it
-                return
+        while not self._tuned.wait(1.0):
+            ended = ray.get(dispatcher.hosts_ended.remote())
             if len(ended) == count:
                 self.failure = "; ".join(sorted({cause for cause in ended.values() if cause}))
+                ray.get(dispatcher.give_up.remote(f"no host is left: {self.failure}"))
                 return
 
     def _tune(self, dispatcher: Any, near_driver: dict[str, float], storage: str, slots: int) -> None:
@@ -220,7 +239,7 @@ class _Sweep:
         tuner = tune.Tuner(
             build_trainable(dispatcher, {"cpu": 0, **near_driver}),
             tune_config=tune.TuneConfig(
-                search_alg=ScheduleSearcher(self.schedule.next),
+                search_alg=ScheduleSearcher(self._next_trial),
                 num_samples=-1,
                 max_concurrent_trials=self.spec.search.max_concurrent or slots + 1,
             ),
@@ -233,6 +252,11 @@ class _Sweep:
             ),
         )
         tuner.fit()
+
+    def _next_trial(self) -> Any:
+        from deft_ray.sweep.schedule import Nothing
+
+        return self.schedule.next() if self.failure is None else Nothing.MORE
 
     def _say_end(self, problems: list[str]) -> None:
         say = self.books.live.say

@@ -22,12 +22,14 @@ class Example:
         target_ids: Tokens of the answer, with end of sequence; empty for encoders.
         label: Class number, regression value, or index among the candidates; -1 for questions.
         answers: Gold answers of a question.
+        type_ids: Which text of a pair each token belongs to; empty where the tokenizer makes no difference.
     """
 
     input_ids: list[int]
     target_ids: list[int]
     label: float
     answers: tuple[str, ...] = ()
+    type_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def encode_task(
         tokenizer: The base's tokenizer.
         text_to_text: Whether answers are words.
         max_source_tokens: Sources are cut to so many tokens.
-        max_target_tokens: Answers are cut to so many tokens.
+        max_target_tokens: Answers to questions are cut to so many tokens; label words never are.
     """
     task = TASKS[task_name]
     words = answer_words(task) if text_to_text else ()
@@ -97,8 +99,13 @@ def encode_task(
 
 def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
     texts = [[row[column] for row in rows] for column in task.columns]
-    ids = tokenizer(*texts, truncation=True, max_length=length)["input_ids"]
-    return [Example(source, [], float(row["label"])) for source, row in zip(ids, rows, strict=True)]
+    encoded = tokenizer(*texts, truncation=True, max_length=length)
+    ids = encoded["input_ids"]
+    types = encoded.get("token_type_ids", [()] * len(rows))
+    return [
+        Example(source, [], float(row["label"]), type_ids=tuple(kinds))
+        for source, kinds, row in zip(ids, types, rows, strict=True)
+    ]
 
 
 def _encode_words(

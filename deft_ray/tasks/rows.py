@@ -27,8 +27,6 @@ def check_data_folder(tasks: list[str], folder: Path) -> None:
     Raises:
         SetupError: Naming every file or column that is missing.
     """
-    import pyarrow.parquet as pq
-
     faults = []
     for task in (TASKS[name] for name in tasks):
         if task.source == "nano":
@@ -39,11 +37,23 @@ def check_data_folder(tasks: list[str], folder: Path) -> None:
                 faults.append(f"{file}: data.dir: no such file; the task '{task.name}' needs this split")
                 continue
             needed = [*task.columns, "answers" if task.kind == "question" else "label"]
-            lacking = [column for column in needed if column not in pq.read_schema(file).names]
-            if lacking:
-                faults.append(f"{file}: data.dir: lacks the column {', '.join(lacking)}; needs {', '.join(needed)}")
+            fault = _column_fault(file, needed)
+            if fault is not None:
+                faults.append(f"{file}: data.dir: {fault}; needs {', '.join(needed)}")
     if faults:
         raise SetupError("\n".join(faults))
+
+
+def _column_fault(file: Path, needed: list[str]) -> str | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, pa.ArrowException) as error:
+        return f"is no parquet file ({str(error).splitlines()[0]})"
+    lacking = [column for column in needed if column not in names]
+    return f"lacks the column {', '.join(lacking)}" if lacking else None
 
 
 def load_rows(task_name: str, split: str, folder: str | None, limit: int | None) -> list[Row]:
@@ -67,11 +77,19 @@ def load_rows(task_name: str, split: str, folder: str | None, limit: int | None)
     rows = _from_hub(task, name) if folder is None else _from_folder(task, name, Path(folder))
     if limit is not None and limit < len(rows):
         rows = random.Random(f"{task_name} {split}").sample(rows, limit)
-    if task.kind == "classification" and any(not 0 <= row["label"] < len(task.labels) for row in rows):
-        raise SetupError(f"{task_name}: {split}: rows without a label (label -1); needs a labelled split")
+    if any(_lacks_answer(task, row) for row in rows):
+        what = "an answer" if task.kind == "question" else "a label (label -1)"
+        raise SetupError(f"{task_name}: {split}: rows without {what}; needs a labelled split")
     if not rows:
         raise SetupError(f"{task_name}: {split}: no rows")
     return rows
+
+
+def _lacks_answer(task: Task, row: Row) -> bool:
+    if task.kind == "question":
+        return not row["answers"]["text"]
+    highest = 5 if task.kind == "regression" else len(task.labels) - 1
+    return not 0 <= row["label"] <= highest
 
 
 def _from_folder(task: Task, split: str, folder: Path) -> list[Row]:

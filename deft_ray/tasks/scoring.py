@@ -20,20 +20,23 @@ def score_labels(metrics: Sequence[str], predictions: Sequence[float], labels: S
         labels: The same, true.
 
     Returns:
-        Fractions by metric. A correlation that does not exist, as one side is constant, is 0.
+        Fractions by metric. A correlation that does not exist, as one side is constant, is 0; Matthews' is one.
     """
     predicted, true = torch.tensor(predictions, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
+    constant = bool((predicted == predicted[0]).all() or (true == true[0]).all())
     scores: dict[str, float] = {}
     for metric in metrics:
         if metric == "accuracy":
             scores[metric] = int((predicted == true).sum()) / len(predicted)
-        elif metric in ("pearson", "spearman"):
-            correlation = pearson_corrcoef if metric == "pearson" else spearman_corrcoef
-            constant = bool((predicted == predicted[0]).all() or (true == true[0]).all())
-            scores[metric] = 0.0 if constant else float(correlation(predicted, true))
+        elif metric == "f1":
+            scores[metric] = float(binary_f1_score(predicted.long(), true.long()))
+        elif constant:
+            scores[metric] = 0.0
+        elif metric == "matthews":
+            scores[metric] = float(binary_matthews_corrcoef(predicted.long(), true.long()))
         else:
-            function = {"f1": binary_f1_score, "matthews": binary_matthews_corrcoef}[metric]
-            scores[metric] = float(function(predicted.long(), true.long()))
+            correlation = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}[metric]
+            scores[metric] = float(correlation(predicted, true))
     return {metric: value if math.isfinite(value) else 0.0 for metric, value in scores.items()}
 
 

@@ -63,18 +63,22 @@ class Batch:
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
-    """Right-pad to the longest, or to ``length``: (B, T) int64."""
-    width = length or max(len(sequence) for sequence in sequences)
+    """Right-pad to the longest, or to ``length`` if that is more: (B, T) int64."""
+    width = max(length or 0, *map(len, sequences))
     return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences], dtype=torch.int64)
 
 
 def source_tensors(
     examples: Sequence[Example], pad_id: int, length: int | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """Build ``input_ids`` and ``attention_mask``, both (B, T)."""
-    ids = pad([example.input_ids for example in examples], pad_id, length)
-    mask = pad([[1] * len(example.input_ids) for example in examples], 0, length)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    """Build ``input_ids``, ``attention_mask`` and, where examples have them, ``token_type_ids``, all (B, T)."""
+    tensors = {
+        "input_ids": pad([example.input_ids for example in examples], pad_id, length),
+        "attention_mask": pad([[1] * len(example.input_ids) for example in examples], 0, length),
+    }
+    if examples[0].type_ids:
+        tensors["token_type_ids"] = pad([example.type_ids for example in examples], 0, length)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def training_batch(

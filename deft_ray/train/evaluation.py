@@ -9,6 +9,7 @@ Shape suffixes: B batch, C candidates, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,11 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Evaluate on the validation split; every rank gets the whole result."""
+        """Evaluate on the validation split; every rank gets the whole result.
+
+        Raises:
+            FloatingPointError: On every rank, if the model says what is no number.
+        """
         self.model.eval()
         counts = DensityCounts.empty(self.probe.names)
         mine: dict[int, Prediction] = {}
@@ -93,6 +98,8 @@ class Evaluator:
         self.model.train()
         counts.rows = self.ranks.total(counts.rows)
         predictions = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
+        if any(value != value for value in predictions.values()):
+            raise FloatingPointError("the model's outputs are not finite in the evaluation")
         return Evaluation(self._score(predictions), counts)
 
     def _my_batches(self) -> Iterator[list[int]]:
@@ -117,7 +124,7 @@ class Evaluator:
         if not self.base.family.text_to_text:
             with self.probe.counting(counts, masks):
                 logits = self.model(**source).logits.float()
-            return [float(v) for v in (logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(dim=-1))]
+            return _finite_or_nan(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(dim=-1), logits)
         with self.probe.counting(counts, masks):
             encoded = self.base.model.get_encoder()(**source)
         if self.data.task.kind == "question":
@@ -139,13 +146,15 @@ class Evaluator:
         likelihood_BC = token_log_likelihood(logits, labels).reshape(rows, width)
         values = torch.tensor(self.data.values, device=likelihood_BC.device)
         if self.data.task.kind == "regression":
-            return [float(value) for value in (likelihood_BC.softmax(dim=-1) * values).sum(dim=-1)]
-        return [float(value) for value in values[likelihood_BC.argmax(dim=-1)]]
+            return _finite_or_nan((likelihood_BC.softmax(dim=-1) * values).sum(dim=-1), likelihood_BC)
+        return _finite_or_nan(values[likelihood_BC.argmax(dim=-1)], likelihood_BC)
 
     def _generate(self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts) -> list[Prediction]:
         labels = pad([example.target_ids for example in examples], IGNORED).to(self.ranks.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
-            self.model(encoder_outputs=encoded, attention_mask=mask_BT, labels=labels)
+            logits = self.model(encoder_outputs=encoded, attention_mask=mask_BT, labels=labels).logits
+        if logits.isnan().any():
+            return [math.nan] * len(examples)
         tokens = self.base.model.generate(
             encoder_outputs=encoded,
             attention_mask=mask_BT,
@@ -161,6 +170,11 @@ class Evaluator:
     def _pad_id(self) -> int:
         pad_id = self.base.tokenizer.pad_token_id
         return 0 if pad_id is None else int(pad_id)
+
+
+def _finite_or_nan(chosen_B: Tensor, scores_BC: Tensor) -> list[Prediction]:
+    """What was chosen; no number where a score is none, as an argmax would hide it."""
+    return [math.nan if bad else float(value) for value, bad in zip(chosen_B, scores_BC.isnan().any(dim=-1), strict=True)]
 
 
 def token_log_likelihood(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

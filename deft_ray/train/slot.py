@@ -7,6 +7,7 @@ initialised, then dropout draws from the same stream on rank 0. So a trial with 
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,32 +62,40 @@ class Slot:
         self.approximation = approximation(trial.deft)
         self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed)
         seed_everything(trial.seed)
-        adapter = trial.adapter
+        with ExitStack() as undo:
+            self._build(undo)
+            self._undo = undo.pop_all()
+        if not ranks.leads:
+            seed_everything(trial.seed * 1_000_003 + ranks.rank)
+        self.engine.train()
+
+    def _build(self, undo: ExitStack) -> None:
+        """Put adapter, probe and engine on the base; whatever fails, ``undo`` takes off what is there."""
+        adapter, train = self.trial.adapter, self.trial.train
         self.model = attach_adapter(
-            base,
-            outputs=None if base.family.text_to_text else data.outputs,
+            self.base,
+            outputs=None if self.base.family.text_to_text else self.data.outputs,
             r=adapter.r,
             lora_alpha=adapter.lora_alpha,
             lora_dropout=adapter.lora_dropout,
             target_modules=adapter.target_modules,
-            gradient_checkpointing=trial.train.gradient_checkpointing,
+            gradient_checkpointing=train.gradient_checkpointing,
         )
+        undo.callback(detach_adapter, self.model)
         self.trainable_share = trainable_share(self.model)
-        self.probe = DensityProbe(base.sites)
-        module = SlotModule(self.model)
+        self.probe = DensityProbe(self.base.sites)
+        undo.callback(self.probe.remove)
         self.engine = build_engine(
-            module,
-            batch_size=trial.train.batch_size,
+            SlotModule(self.model),
+            batch_size=train.batch_size,
             micro_batch_size=self.micro,
             accumulation=self.accumulation,
-            learning_rate=trial.train.learning_rate,
-            weight_decay=trial.train.weight_decay,
-            max_grad_norm=trial.train.max_grad_norm,
-            zero_stage=trial.train.zero_stage,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            zero_stage=train.zero_stage,
         )
-        if not ranks.leads:
-            seed_everything(trial.seed * 1_000_003 + ranks.rank)
-        self.engine.train()
+        undo.callback(self.engine.destroy)
 
     def step(self, measure: bool = False) -> StepResult:
         """Train one step: all micro-batches of this rank, one optimizer step.
@@ -149,9 +158,7 @@ class Slot:
 
     def close(self) -> None:
         """Give the base back without a trace."""
-        self.probe.remove()
-        self.engine.destroy()
-        detach_adapter(self.model)
+        self._undo.close()
 
     @property
     def _alpha(self) -> dict[str, float]:

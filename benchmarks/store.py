@@ -1,0 +1,64 @@
+"""Store a benchmark's figures as JSON with the machine, the commit and the versions they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("bitsandbytes", "deepspeed", "peft", "ray", "torch", "transformers")
+
+
+def summary(values: list[float]) -> dict[str, float | int]:
+    """Return median, quartiles, extremes and count."""
+    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {
+        "median": statistics.median(values),
+        "lower_quartile": quartiles[0],
+        "upper_quartile": quartiles[2],
+        "least": min(values),
+        "most": max(values),
+        "count": len(values),
+    }
+
+
+def store(name: str, figures: dict[str, Any]) -> Path:
+    """Write ``results/<name>.json`` and print it."""
+    content = {
+        "benchmark": name,
+        "command": " ".join(["python", *sys.argv]),
+        "at": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+" if _git("status", "--porcelain", "--", "deft_ray") else ""),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": None},
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    text = json.dumps(content, indent=2) + "\n"
+    file.write_text(text)
+    print(text)
+    return file
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent.parent
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

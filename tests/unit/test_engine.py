@@ -1,0 +1,100 @@
+"""The learning rate's table, and what DeepSpeed is given to hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate
+from deft_ray.train.ranks import Ranks
+
+TABLES: list[tuple[dict[str, Any], list[float]]] = [
+    # Four steps up, then down to nothing after the tenth.
+    (
+        {"steps": 10, "warmup_share": 0.4, "schedule": "linear"},
+        [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6],
+    ),
+    ({"steps": 4, "warmup_share": 0.0, "schedule": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+    ({"steps": 5, "warmup_share": 0.4, "schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ({"steps": 3, "warmup_share": 1.0, "schedule": "linear"}, [1 / 3, 2 / 3, 1.0]),
+    # 6 % of 10 steps is no whole step.
+    ({"steps": 10, "warmup_share": 0.06, "schedule": "constant"}, [1.0] * 10),
+    ({"steps": 1, "warmup_share": 0.06, "schedule": "linear"}, [1.0]),
+]
+
+
+@pytest.mark.parametrize(("settings", "table"), TABLES)
+def test_learning_rates_are_those_of_the_table(settings: dict[str, Any], table: list[float]) -> None:
+    rates = [learning_rate_at(step, peak=3e-4, **settings) for step in range(len(table))]
+
+    assert rates == pytest.approx([3e-4 * share for share in table], rel=1e-12)
+
+
+class Toy(nn.Module):
+    """A frozen layer and a trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.trained, self.dropout = nn.Linear(4, 4), nn.Linear(4, 1), nn.Dropout(0.5)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trained(self.dropout(self.frozen(x))).square().mean()
+
+
+def test_only_trainable_parameters_are_registered() -> None:
+    toy = Toy()
+    module = SlotModule(toy)
+
+    assert module.names == ["trained.weight", "trained.bias"]
+    assert [id(p) for p in module.parameters()] == [id(toy.trained.weight), id(toy.trained.bias)]
+    assert list(module.state_dict()) == ["trainable.0", "trainable.1"]
+    assert not any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def test_modes_reach_the_hidden_model() -> None:
+    toy = Toy()
+    module = SlotModule(toy)
+
+    module.eval()
+    assert not toy.dropout.training
+    assert torch.equal(module(x=torch.ones(2, 4)), module(x=torch.ones(2, 4)))
+    module.train()
+    assert toy.dropout.training
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_step_is_adamws(ranks: Ranks, zero_stage: int, accumulation: int) -> None:
+    torch.manual_seed(0)
+    toy, x = Toy(), torch.randn(4, 4)
+    toy.eval()
+    twin = Toy().eval()
+    twin.load_state_dict(toy.state_dict())
+    engine = build_engine(
+        SlotModule(toy),
+        batch_size=4,
+        micro_batch_size=4 // accumulation,
+        accumulation=accumulation,
+        learning_rate=1.0,
+        weight_decay=0.1,
+        max_grad_norm=0.0,
+        zero_stage=zero_stage,
+    )
+    optimizer = torch.optim.AdamW([twin.trained.weight, twin.trained.bias], lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        set_learning_rate(engine, 0.01)
+        for part in x.chunk(accumulation):
+            engine.backward(engine(x=part))  # DeepSpeed divides by the number of passes
+            engine.step()
+        optimizer.zero_grad()
+        twin(x).backward()
+        optimizer.step()
+    engine.destroy()
+
+    torch.testing.assert_close(toy.trained.weight, twin.trained.weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(toy.trained.bias, twin.trained.bias, rtol=1e-6, atol=1e-7)
+    assert torch.equal(toy.frozen.weight, twin.frozen.weight)

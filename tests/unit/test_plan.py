@@ -1,0 +1,132 @@
+"""What a sweep would run, counted by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from deft_ray.spec.loading import check_tree
+from deft_ray.spec.plan import Plan, build_plan, count_hosts, format_plan, gpus_per_worker
+from deft_ray.spec.rules import Machine
+from deft_ray.spec.schema import SweepSpec
+
+LAPTOP = Machine(cpus=8, gpus=0)
+
+
+def spec_of(**sections: Any) -> SweepSpec:
+    tree = {"name": "try", "data": {"tasks": ["nano-sentiment"]}, "train": {"steps": 10}, **sections}
+    spec, faults = check_tree(tree)
+    assert faults == []
+    assert spec is not None
+    return spec
+
+
+def plan_of(machine: Machine = LAPTOP, **sections: Any) -> Plan:
+    return build_plan(spec_of(**sections), "runs/try", machine)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "seeds", "trials", "baselines", "sampled"),
+    [
+        (["rte"], [0], 8, 1, 8),
+        (["rte", "cola", "sst2"], [0, 1], 5, 6, 30),
+        (["rte"], [0, 1, 2], 0, 3, 0),
+    ],
+)
+def test_every_task_and_seed_has_a_baseline_and_every_point_a_trial_for_each(
+    tasks: list[str], seeds: list[int], trials: int, baselines: int, sampled: int
+) -> None:
+    plan = plan_of(data={"tasks": tasks}, search={"seeds": seeds, "trials": trials})
+    assert (plan.baselines, plan.sampled, plan.trials) == (baselines, sampled, baselines + sampled)
+    assert (plan.tasks, plan.seeds) == (tuple(tasks), tuple(seeds))
+
+
+@pytest.mark.parametrize(
+    ("resources", "machine", "gpus", "hosts"),
+    [
+        ({}, LAPTOP, 0, 1),
+        ({"hosts": 3}, LAPTOP, 0, 3),
+        ({"hosts": "auto"}, LAPTOP, 0, 8),
+        ({"hosts": "auto", "workers_per_host": 2, "cpus_per_worker": 2}, LAPTOP, 0, 2),
+        ({"hosts": "auto", "workers_per_host": 3}, LAPTOP, 0, 2),
+        ({"hosts": "auto", "workers_per_host": 16}, LAPTOP, 0, 1),
+        ({"hosts": "auto"}, Machine(32, 4), 1, 4),
+        ({"hosts": "auto", "workers_per_host": 2}, Machine(32, 4), 1, 2),
+        ({"hosts": "auto", "workers_per_host": 2, "gpus_per_worker": 2}, Machine(32, 4), 2, 1),
+        ({"hosts": "auto", "gpus_per_worker": 0}, Machine(32, 4), 0, 32),
+        ({"hosts": "auto", "cpus_per_worker": 16}, Machine(32, 4), 1, 2),
+    ],
+)
+def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
+    resources: dict[str, Any], machine: Machine, gpus: int, hosts: int
+) -> None:
+    spec = spec_of(resources=resources, train={"steps": 1, "batch_size": 96})
+    assert gpus_per_worker(spec, machine.gpus) == gpus
+    assert count_hosts(spec, machine) == hosts
+    plan = build_plan(spec, "out", machine)
+    assert (plan.hosts, plan.slots) == (hosts, hosts)
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "words"),
+    [
+        ({"steps": 1200}, 1200, "1,200 steps each"),
+        ({"epochs": 3}, None, "by epochs"),
+        ({"steps": {"choice": [10, 20]}}, None, "steps as sampled"),
+    ],
+)
+def test_the_length_of_a_trial_is_given_only_where_it_is_known(
+    train: dict[str, Any], steps: int | None, words: str
+) -> None:
+    plan = plan_of(train=train, baseline={"train.steps": 10} if isinstance(train.get("steps"), dict) else {})
+    text = format_plan(plan)
+    assert plan.steps == steps
+    assert f"9 = 1 baselines + 8 sampled, {words}\n" in text
+    assert ("steps          10,800 in all\n" in text) == (steps is not None)
+
+
+def test_addresses_default_to_the_run_directory() -> None:
+    here = plan_of()
+    assert (here.output, here.storage, here.tracking) == ("runs/try", "runs/try", "sqlite:///runs/try/mlflow.db")
+    there = plan_of(storage="s3://bucket/sweeps", tracking={"uri": "http://tracking:5000"})
+    assert (there.output, there.storage, there.tracking) == ("runs/try", "s3://bucket/sweeps", "http://tracking:5000")
+
+
+def test_a_plan_survives_json() -> None:
+    plan = plan_of(deft={"alpha": {"uniform": [0, 2]}})
+    content = json.loads(json.dumps(plan.to_json()))
+    assert content["trials"] == 9
+    assert content["space"] == {"deft.alpha": "uniform 0, 2"}
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items() if key != "trials"
+    }
+    assert Plan(**fields) == plan
+
+
+def test_the_text_names_what_a_user_wants_to_know() -> None:
+    plan = plan_of(
+        Machine(32, 4),
+        model={"name": "google/flan-t5-xl", "quantization": "nf4", "dtype": "bfloat16"},
+        data={"tasks": ["cola", "squad"]},
+        deft={"alpha": {"uniform": [0, 2]}, "epsilon": {"loguniform": [1e-7, 1e-3]}},
+        search={"trials": 3, "seeds": [0, 1]},
+        resources={"hosts": 2, "workers_per_host": 2, "cpus_per_worker": 4},
+    )
+    assert format_plan(plan).splitlines() == [
+        "sweep          try",
+        "model          google/flan-t5-xl (t5, nf4, bfloat16)",
+        "tasks          cola (matthews), squad (f1)",
+        "trials         16 = 4 baselines + 12 sampled, 10 steps each",
+        "steps          160 in all",
+        "seeds          0, 1",
+        "hosts          2 x 2 workers of 4 CPU, 1 GPU; 2 trials at once",
+        "run directory  runs/try",
+        "checkpoints    runs/try",
+        "MLflow         sqlite:///runs/try/mlflow.db",
+        "search space",
+        "  deft.alpha    uniform 0, 2",
+        "  deft.epsilon  loguniform 1e-07, 0.001",
+    ]
+    assert format_plan(plan_of()).endswith("search space\n  nothing is searched")

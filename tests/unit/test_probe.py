@@ -1,0 +1,306 @@
+"""The probe's injected gradient against a density loss that is really built, and its counts against numpy's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deft_ray.density.approximations import Approximation
+from deft_ray.density.counts import TAUS, DensityCounts
+from deft_ray.density.probe import DensityProbe, Penalty, Site
+
+L0, TANH = Approximation("l0", 1e-2), Approximation("tanh", 2.0)
+SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "l0": lambda act: act**2 / (act**2 + 1e-2),
+    "tanh": lambda act: torch.tanh(2.0 * act),
+}
+
+
+class Block(nn.Module):
+    """An MLP block whose activation is seen."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD + self.second(self.act(self.first(x_BTD)))
+
+
+class TwoStacks(nn.Module):
+    """An encoder and a decoder of blocks; the decoder sees the encoder's mean."""
+
+    def __init__(self, d_model: int, d_ff: int, encoder: int, decoder: int, recompute: str = "none") -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([Block(d_model, d_ff) for _ in range(encoder)])
+        self.decoder = nn.ModuleList([Block(d_model, d_ff) for _ in range(decoder)])
+        self._run: Any = {
+            "none": lambda block, x: block(x),
+            "reentrant": partial(checkpoint, use_reentrant=True),
+            "non-reentrant": partial(checkpoint, use_reentrant=False),
+        }[recompute]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [
+            Site(f"{side}.{index}", block.act)
+            for side in ("encoder", "decoder")
+            for index, block in enumerate(getattr(self, side))
+        ]
+
+    def forward(self, source_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+        source_BTD = source_BTD.clone().requires_grad_()  # reentrant checkpointing wants one input with a gradient
+        for block in self.encoder:
+            source_BTD = self._run(block, source_BTD)
+        target_BTD = target_BTD + source_BTD.mean(dim=1, keepdim=True)
+        for block in self.decoder:
+            target_BTD = self._run(block, target_BTD)
+        return target_BTD.square().mean() + source_BTD.sin().mean()
+
+
+def reference(model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, weights: Any, masks: Any) -> dict[str, Tensor]:
+    """Gradients of task loss + Σ_side weight x density loss, with the activations kept in float64."""
+    model = model.double()
+    acts: dict[str, Tensor] = {}
+    hooks = [s.module.register_forward_hook(lambda _m, _i, out, n=s.name: acts.update({n: out})) for s in model.sites]
+    loss = model(*(part.double() for part in inputs))
+    for side, mask in masks.items():
+        mine = [act for name, act in acts.items() if name.startswith(side)]
+        real = [SMOOTH[kind](act)[mask.bool()] for act in mine]
+        loss = loss + weights[side] * sum(values.mean() for values in real if values.numel()) / max(1, len(mine))
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def probed(model: TwoStacks, inputs: tuple[Tensor, Tensor], penalty: Penalty) -> dict[str, Tensor]:
+    probe = DensityProbe(model.sites)
+    with probe.penalising(penalty):
+        model(*inputs).backward()
+    probe.remove()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def build(seed: int, recompute: str = "none") -> tuple[TwoStacks, tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """A model, inputs and masks of random shapes."""
+    torch.manual_seed(seed)
+    d_model, d_ff, rows, source, target, encoder, decoder = (int(torch.randint(1, 7, ())) for _ in range(7))
+    model = TwoStacks(d_model, d_ff, encoder, decoder, recompute)
+    inputs = torch.randn(rows, source, d_model), torch.randn(rows, target, d_model)
+    masks = {side: (torch.rand(rows, x.shape[1]) < 0.6).long() for side, x in zip(("encoder", "decoder"), inputs, strict=True)}
+    return model, inputs, masks
+
+
+def twin(model: TwoStacks, recompute: str = "none") -> TwoStacks:
+    """A copy, to be differentiated by itself."""
+    first = model.encoder[0]
+    assert isinstance(first, Block)
+    sizes = first.first.in_features, first.first.out_features, len(model.encoder), len(model.decoder)
+    copy = TwoStacks(*sizes, recompute)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def assert_gradients_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    scale = max(float(grad.abs().max()) for grad in want.values())
+    for name, grad in want.items():
+        assert float((got[name].double() - grad.double()).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("approximation", [L0, TANH], ids=lambda a: a.kind)
+@pytest.mark.parametrize("seed", range(5))
+def test_injected_gradient_is_that_of_the_built_loss(seed: int, approximation: Approximation, recompute: str) -> None:
+    model, inputs, masks = build(seed)
+    weights = {"encoder": 0.7 + seed, "decoder": 2.5}
+
+    want = reference(twin(model), inputs, approximation.kind, weights, masks)
+    got = probed(twin(model, recompute), inputs, Penalty(approximation, weights, masks))
+
+    assert_gradients_close(got, want, 2e-6)
+
+
+@pytest.mark.parametrize("weights", [{"encoder": 3.0, "decoder": 0.0}, {"encoder": 0.0, "decoder": 3.0}])
+def test_each_side_has_its_own_weight(weights: dict[str, float]) -> None:
+    model, inputs, masks = build(7)
+
+    want = reference(twin(model), inputs, "l0", weights, masks)
+    got = probed(twin(model), inputs, Penalty(L0, weights, masks))
+
+    assert_gradients_close(got, want, 2e-6)
+
+
+def test_bfloat16_model_gets_the_same_gradient_to_its_precision() -> None:
+    torch.manual_seed(3)
+    model = TwoStacks(16, 32, 2, 2).bfloat16()
+    inputs = torch.randn(4, 9, 16).bfloat16(), torch.randn(4, 5, 16).bfloat16()
+    masks = {"encoder": torch.ones(4, 9).long(), "decoder": torch.ones(4, 5).long()}
+    weights = {"encoder": 1.0, "decoder": 1.0}
+
+    want = reference(twin(model), inputs, "l0", weights, masks)
+    got = probed(model, inputs, Penalty(L0, weights, masks))
+
+    assert all(grad.dtype == torch.bfloat16 for grad in got.values())
+    assert_gradients_close(got, want, 0.02)
+
+
+def test_without_a_weight_outputs_and_gradients_are_bit_identical() -> None:
+    model, inputs, masks = build(11)
+    plain, silent = twin(model), twin(model)
+    plain(*inputs).backward()
+    output = plain(*inputs)
+
+    got = probed(silent, inputs, Penalty(L0, {"encoder": 0.0, "decoder": 0.0}, masks, measure=True))
+
+    probe = DensityProbe(silent.sites)
+    with probe.penalising(Penalty(L0, {"encoder": 5.0, "decoder": 5.0}, masks)):
+        assert torch.equal(silent(*inputs), output), "a penalty must not change what the model says"
+    probe.remove()
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is None or torch.equal(got[name], parameter.grad)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2), (1, 3), (1, 1, 1, 1)])
+def test_micro_batches_with_their_share_add_up_to_the_whole_batch(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(5)
+    model = TwoStacks(6, 10, 2, 3)
+    inputs = torch.randn(4, 7, 6), torch.randn(4, 5, 6)
+    lengths = torch.tensor([7, 2, 4, 1]), torch.tensor([1, 5, 3, 2])
+    masks = {
+        side: (torch.arange(x.shape[1]) < length.unsqueeze(1)).long()
+        for side, x, length in zip(("encoder", "decoder"), inputs, lengths, strict=True)
+    }
+    alpha = 1.5
+    whole, parts = twin(model), twin(model)
+    probe = DensityProbe(parts.sites)
+
+    # The density gradient alone: the task gradient of this toy is not a sum over rows.
+    want = probed(whole, inputs, Penalty(L0, {"encoder": alpha, "decoder": alpha}, masks))
+    task = twin(model)
+    task(*inputs).backward()
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        mine = {side: mask[rows] for side, mask in masks.items()}
+        weights = {side: alpha * int(mine[side].sum()) / int(masks[side].sum()) for side in masks}
+        with probe.penalising(Penalty(L0, weights, mine)):
+            (0.0 * parts(inputs[0][rows], inputs[1][rows])).backward()
+        start += size
+
+    added = {name: parameter.grad for name, parameter in parts.named_parameters() if parameter.grad is not None}
+    plain = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+    assert_gradients_close({name: plain[name] + grad for name, grad in added.items()}, want, 2e-6)
+
+
+def test_measured_density_is_the_mean_over_layers_of_real_tokens() -> None:
+    model, inputs, masks = build(2)
+    penalty = Penalty(L0, {"encoder": 1.0, "decoder": 1.0}, masks, measure=True)
+    acts: list[Tensor] = []
+    hooks = [site.module.register_forward_hook(lambda _m, _i, out: acts.append(out)) for site in model.sites]
+    probed(model, inputs, penalty)
+    for hook in hooks:
+        hook.remove()
+
+    count = len(model.encoder)
+    encoder = np.mean([SMOOTH["l0"](act)[masks["encoder"].bool()].mean().item() for act in acts[:count]])
+    assert penalty.density("encoder") == pytest.approx(encoder, rel=1e-5)
+    assert Penalty(L0, {"encoder": 1.0}, masks).density("encoder") is None
+
+
+def test_an_all_padding_micro_batch_adds_nothing() -> None:
+    model, inputs, masks = build(4)
+    empty = {side: torch.zeros_like(mask) for side, mask in masks.items()}
+    plain = twin(model)
+    plain(*inputs).backward()
+
+    got = probed(twin(model), inputs, Penalty(L0, {"encoder": 9.0, "decoder": 9.0}, empty))
+
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(got[name], parameter.grad), name
+
+
+def test_frozen_activations_are_left_alone() -> None:
+    model, inputs, masks = build(4)
+    model.requires_grad_(False)
+    probe = DensityProbe(model.sites)
+    with probe.penalising(Penalty(L0, {"encoder": 9.0, "decoder": 9.0}, masks)), torch.no_grad():
+        assert not model(*inputs).requires_grad
+    probe.remove()
+
+
+def numpy_counts(act: Tensor, mask: Tensor) -> list[int]:
+    values, real = act.float().numpy(), mask.numpy().astype(bool)
+    kept = values[real]
+    row = [np.count_nonzero(kept), kept.size, np.count_nonzero(values), values.size]
+    return [int(number) for number in [*row, *(np.count_nonzero(np.abs(kept) > np.float32(tau)) for tau in TAUS)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("real", [0.0, 0.5, 1.0])
+def test_counts_are_numpys(real: float, dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(1)
+    total: list[list[int]] = [[0] * 7, [0] * 7]
+    counts = DensityCounts.empty(["encoder.0", "decoder.0"])
+    for rows, tokens in ((3, 5), (1, 1), (4, 2)):
+        for index in range(2):
+            act = torch.relu(torch.randn(rows, tokens, 11, generator=dice) * 0.05).to(dtype)
+            mask = (torch.rand(rows, tokens, generator=dice) < real).long()
+            counts.add(index, act, mask)
+            total[index] = [a + b for a, b in zip(total[index], numpy_counts(act, mask), strict=True)]
+
+    assert counts.rows.tolist() == total
+    both = [a + b for a, b in zip(*total, strict=True)]
+    assert counts.density() == (both[0] / both[1] if both[1] else None)
+    assert counts.density_paper() == both[2] / both[3]
+    assert counts.density("encoder") == (total[0][0] / total[0][1] if total[0][1] else None)
+    assert counts.density_at_tau() == ({f"{tau:g}": both[4 + i] / both[1] for i, tau in enumerate(TAUS)} if both[1] else {})
+    assert counts.density_layers().keys() == ({"encoder.0", "decoder.0"} if both[1] else set())
+
+
+def test_a_nan_counts_as_non_zero_and_above_no_threshold() -> None:
+    act = torch.tensor([[[float("nan"), 0.0, float("inf"), -0.0]]])
+    counts = DensityCounts.empty(["encoder.0"])
+    counts.add(0, act, torch.ones(1, 1))
+
+    assert counts.rows.tolist() == [numpy_counts(act, torch.ones(1, 1))]
+    assert counts.rows.tolist() == [[2, 4, 2, 4, 1, 1, 1]]
+
+
+def test_an_encoder_alone_has_no_decoder_density() -> None:
+    model = TwoStacks(4, 6, 2, 0)
+    probe = DensityProbe(model.sites)
+    counts = DensityCounts.empty(probe.names)
+    with probe.counting(counts, {"encoder": torch.ones(2, 3)}):
+        model(torch.randn(2, 3, 4), torch.randn(2, 1, 4))
+    probe.remove()
+
+    assert counts.density("decoder") is None
+    assert counts.density() == counts.density("encoder") == 1.0
+    assert list(counts.density_layers()) == ["encoder.0", "encoder.1"]
+
+
+def test_counting_sees_only_what_is_inside_and_only_masked_sides() -> None:
+    model, inputs, masks = build(9)
+    probe = DensityProbe(model.sites)
+    counts = DensityCounts.empty(probe.names)
+    model(*inputs)
+    with probe.counting(counts, {"decoder": masks["decoder"]}):
+        model(*inputs)
+    model(*inputs)
+    assert counts.rows[: len(model.encoder)].sum() == 0
+    assert counts.rows[len(model.encoder)][3] == inputs[1].shape[0] * inputs[1].shape[1] * model.decoder[0].first.out_features  # type: ignore[union-attr]
+
+    probe.remove()
+    with probe.counting(DensityCounts.empty(probe.names), masks):
+        model(*inputs)
+    assert all(not site.module._forward_hooks for site in model.sites)

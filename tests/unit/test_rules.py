@@ -1,0 +1,287 @@
+"""Rules that look at more than one leaf: tasks and families, files, batches, baselines, machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_ray.spec.loading import check_tree
+from deft_ray.spec.rules import Machine, this_machine, touches
+from deft_ray.spec.yaml_tree import Fault
+
+SMALL = Machine(cpus=4, gpus=0)
+
+
+def faults_of(machine: Machine | None = SMALL, **sections: Any) -> list[Fault]:
+    """Check a small valid spec with some sections replaced."""
+    tree = {"name": "try", "data": {"tasks": ["nano-sentiment"]}, "train": {"steps": 10}, **sections}
+    return check_tree(tree, machine)[1]
+
+
+def test_the_small_spec_has_no_fault() -> None:
+    assert faults_of() == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ((), ("a",), True),
+        (("a",), ("a",), True),
+        (("a",), ("a", "b", 0), True),
+        (("a", "b", 0), ("a",), True),
+        (("a", 0), ("a", 1), False),
+        (("a",), ("b",), False),
+    ],
+)
+def test_paths_touch_if_one_lies_on_the_way_to_the_other(one: Any, other: Any, expected: bool) -> None:
+    assert touches(one, other) is expected
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_answers_no_questions(family: str) -> None:
+    found = faults_of(model={"name": "x", "family": family}, data={"tasks": ["rte", "squad", "stsb", "nano-question"]})
+    what = f"a question task cannot be done by the model family '{family}'"
+    assert found == [
+        (("data", "tasks", 1), f'{what} (got "squad"); families that can: t5'),
+        (("data", "tasks", 3), f'{what} (got "nano-question"); families that can: t5'),
+    ]
+
+
+def test_t5_does_every_kind_of_task() -> None:
+    assert faults_of(model={"name": "google/flan-t5-xl"}, data={"tasks": ["cola", "stsb", "mnli", "squad"]}) == []
+
+
+def test_unknown_and_repeated_tasks_are_all_told() -> None:
+    tasks = "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, squad, nano-sentiment, nano-entailment, nano-question"
+    assert faults_of(data={"tasks": ["sst-2", "rte", "rte", "zzz", 5]}) == [
+        (("data", "tasks", 4), "must be a text (got 5)"),
+        (("data", "tasks", 0), f"unknown task (got \"sst-2\"); did you mean 'sst2'? allowed: {tasks}"),
+        (("data", "tasks", 2), 'task stands twice (got "rte")'),
+        (("data", "tasks", 3), f'unknown task (got "zzz"); allowed: {tasks}'),
+    ]
+
+
+def test_a_folder_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t5").mkdir()
+    assert faults_of(data={"tasks": ["rte"], "dir": str(tmp_path)}, model={"name": "~/t5"}) == []
+    assert faults_of(data={"tasks": ["rte"], "dir": "~/t5"}, model={"name": str(tmp_path / "t5")}) == []
+    for missing in ("/no/such", str(file), "a" * 5000, "~nobody-here/x"):
+        shown = missing if len(missing) < 77 else "a" * 76 + "..."
+        quoted = f'"{shown}"' if len(missing) < 77 else f'"{shown}'
+        assert faults_of(data={"tasks": ["rte"], "dir": missing}) == [
+            (("data", "dir"), f"no such folder (got {quoted})")
+        ]
+
+
+@pytest.mark.parametrize("name", ["/no/such/t5", "./t5", "../no-such/t5", "~/no-such/t5"])
+def test_a_model_that_is_plainly_a_folder_must_be_there(name: str) -> None:
+    message = f"no such folder (got \"{name}\"); allowed: 'nano', a folder, or a hub name"
+    assert faults_of(model={"name": name, "family": "t5"}) == [(("model", "name"), message)]
+
+
+def test_a_family_that_no_name_tells_must_be_given() -> None:
+    message = 'cannot be told from "org/model"; allowed: t5, bert, roberta'
+    assert faults_of(model={"name": "org/model"}) == [(("model", "family"), message)]
+    assert faults_of(model={"name": "org/model", "family": "bert"}) == []
+    assert faults_of(model={"name": 5}) == [(("model", "name"), "must be a text (got 5)")]
+
+
+@pytest.mark.parametrize(
+    ("deft", "complete"),
+    [
+        ({"approximation": "l0"}, True),
+        ({"approximation": "tanh"}, False),
+        ({"approximation": "tanh", "beta": None}, False),
+        ({"approximation": {"choice": ["l0", "tanh"]}}, False),
+        ({"approximation": "tanh", "beta": 20}, True),
+        ({"approximation": {"choice": ["l0", "tanh"]}, "beta": {"uniform": [5, 50]}}, True),
+    ],
+)
+def test_tanh_needs_its_slope(deft: dict[str, Any], complete: bool) -> None:
+    message = "is required with approximation 'tanh' (got nothing); a number above 0, for example 20"
+    assert faults_of(deft=deft) == ([] if complete else [(("deft", "beta"), message)])
+
+
+@pytest.mark.parametrize(
+    ("train", "fault"),
+    [
+        ({}, (("train", "steps"), "give either steps or epochs (got neither)")),
+        ({"steps": None}, (("train", "steps"), "give either steps or epochs (got neither)")),
+        ({"steps": 1, "epochs": 1}, (("train", "epochs"), "give either steps or epochs (got steps and epochs)")),
+        ({"steps": "x"}, (("train", "steps"), 'must be a whole number (got "x")')),
+        ({"epochs": 0}, (("train", "epochs"), "must be above 0 (got 0)")),
+    ],
+)
+def test_a_trial_has_one_length(train: dict[str, Any], fault: Fault) -> None:
+    assert faults_of(train=train) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("train", "workers", "fault"),
+    [
+        ({"batch_size": 8, "micro_batch_size": 2}, 4, None),
+        ({"batch_size": 9}, 1, None),
+        ({"batch_size": 9}, 2, "must be a multiple of workers_per_host = 2 (got 9)"),
+        (
+            {"batch_size": 12, "micro_batch_size": 4},
+            2,
+            "must be a multiple of workers_per_host x micro_batch_size = 8 (got 12)",
+        ),
+        ({"batch_size": {"choice": [8, 6]}}, 4, "must be a multiple of workers_per_host = 4 (got 6)"),
+        (
+            {"batch_size": 8, "micro_batch_size": {"choice": [2, 3]}},
+            1,
+            "must be a multiple of workers_per_host x micro_batch_size = 3 (got 8)",
+        ),
+        ({"batch_size": {"randint": [8, 16]}}, 2, "must be a multiple of workers_per_host = 2 (got 9)"),
+        ({"batch_size": {"randint": [8, 16]}}, 1, None),
+        (
+            {"batch_size": 8, "micro_batch_size": {"randint": [1, 4]}},
+            1,
+            "must be a multiple of workers_per_host x micro_batch_size = 3 (got 8)",
+        ),
+    ],
+)
+def test_a_batch_is_cut_into_equal_parts(train: dict[str, Any], workers: int, fault: str | None) -> None:
+    searched = {f"train.{key}": 8 for key, value in train.items() if isinstance(value, dict)}
+    found = faults_of(train={"steps": 1, **train}, resources={"workers_per_host": workers}, baseline=searched)
+    found = [(path, message) for path, message in found if path[0] != "baseline"]
+    assert found == ([] if fault is None else [(("train", "batch_size"), fault)])
+
+
+def test_the_baselines_batch_is_cut_too() -> None:
+    found = faults_of(
+        train={"steps": 1, "batch_size": {"choice": [8, 16]}},
+        resources={"workers_per_host": 2},
+        baseline={"train.batch_size": 9},
+    )
+    assert found == [(("baseline", "train.batch_size"), "must be a multiple of workers_per_host = 2 (got 9)")]
+
+
+def test_a_searched_leaf_outside_deft_needs_a_value_of_the_baseline() -> None:
+    searched = {"r": {"choice": [4, 8]}, "lora_dropout": {"uniform": [0, 0.1]}}
+    deft = {"epsilon": {"loguniform": [1e-7, 1e-3]}}
+    assert faults_of(adapter=searched, deft=deft, baseline={"adapter.r": 8}) == [
+        (
+            ("adapter", "lora_dropout"),
+            "is searched, so the baseline needs its own value: add 'adapter.lora_dropout: …' under 'baseline:'",
+        )
+    ]
+    assert faults_of(adapter=searched, deft=deft, baseline={"adapter.r": 8, "adapter.lora_dropout": 0.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("baseline", "fault"),
+    [
+        ({"adapter.r": 0}, (("baseline", "adapter.r"), "must be above 0 (got 0)")),
+        ({"adapter.r": 4.0}, (("baseline", "adapter.r"), "must be a whole number (got 4.0)")),
+        ({"adapter.r": None}, (("baseline", "adapter.r"), "must be a whole number (got null)")),
+        ({"adapter.r": 32}, None),
+        (
+            {"adapter.r": 8, "train.steps": 5},
+            (
+                ("baseline", "train.steps"),
+                "is no searched leaf of adapter or train; the baseline takes it from the spec",
+            ),
+        ),
+        (
+            {"adapter.r": 8, "deft.alpha": 0.0},
+            (
+                ("baseline", "deft.alpha"),
+                "is no searched leaf of adapter or train; the baseline takes it from the spec",
+            ),
+        ),
+        (
+            {"adapter.r": 8, "x": True},
+            (("baseline", "x"), "is no searched leaf of adapter or train; the baseline takes it from the spec"),
+        ),
+    ],
+)
+def test_the_baselines_values_are_checked_like_the_leaf(baseline: dict[str, Any], fault: Fault | None) -> None:
+    found = faults_of(adapter={"r": {"choice": [4, 8]}}, deft={"alpha": {"uniform": [0, 1]}}, baseline=baseline)
+    assert found == ([] if fault is None else [fault])
+
+
+@pytest.mark.parametrize(("seeds", "index", "shown"), [([0, 1, 0], 2, "0"), ([7, 7], 1, "7")])
+def test_a_seed_stands_once(seeds: list[int], index: int, shown: str) -> None:
+    assert faults_of(search={"seeds": seeds}) == [(("search", "seeds", index), f"seed stands twice (got {shown})")]
+
+
+@pytest.mark.parametrize(
+    ("point", "fault"),
+    [
+        ({"deft.alpha": 2, "deft.epsilon": 1e-7}, None),
+        ({"deft.alpha": 0.5}, None),
+        ({}, None),
+        ({"deft.alpha": 2.5}, "deft.alpha: lies outside the domain uniform 0, 2 (got 2.5)"),
+        ({"deft.alpha": "1"}, 'deft.alpha: lies outside the domain uniform 0, 2 (got "1")'),
+        ({"deft.epsilon": 1e-8}, "deft.epsilon: lies outside the domain loguniform 1e-07, 0.001 (got 1e-08)"),
+        ({"adapter.r": 8}, "adapter.r: is not searched; searched are: deft.alpha, deft.epsilon"),
+    ],
+)
+def test_points_to_try_first_lie_in_the_search_space(point: dict[str, Any], fault: str | None) -> None:
+    deft = {"alpha": {"uniform": [0, 2]}, "epsilon": {"loguniform": [1e-7, 1e-3]}}
+    found = faults_of(deft=deft, search={"try_first": [{"deft.alpha": 1}, point]})
+    told = [f"{path[3]}: {message}" for path, message in found if path[:3] == ("search", "try_first", 1)]
+    assert (told, len(found)) == ([] if fault is None else [fault], len(told))
+
+
+FOUR = "this machine has 4; give --address for a cluster"
+
+
+@pytest.mark.parametrize(
+    ("resources", "machine", "faults"),
+    [
+        ({"workers_per_host": 4}, SMALL, []),
+        ({"workers_per_host": 8}, SMALL, [f"1 host(s) x 8 worker(s) x 1 CPU(s) = 8 CPUs, {FOUR} (got 8)"]),
+        (
+            {"workers_per_host": 2, "cpus_per_worker": 4},
+            SMALL,
+            [f"1 host(s) x 2 worker(s) x 4 CPU(s) = 8 CPUs, {FOUR} (got 2)"],
+        ),
+        ({"hosts": 5}, SMALL, [f"5 host(s) x 1 worker(s) x 1 CPU(s) = 5 CPUs, {FOUR} (got 1)"]),
+        ({"hosts": "auto", "workers_per_host": 4}, SMALL, []),
+        (
+            {"hosts": "auto", "workers_per_host": 8},
+            SMALL,
+            [f"1 host(s) x 8 worker(s) x 1 CPU(s) = 8 CPUs, {FOUR} (got 8)"],
+        ),
+        (
+            {"gpus_per_worker": 1},
+            SMALL,
+            ["1 host(s) x 1 worker(s) x 1 GPU(s) = 1 GPUs, this machine has 0; give --address for a cluster (got 1)"],
+        ),
+        (
+            {"gpus_per_worker": 2, "workers_per_host": 8},
+            Machine(4, 4),
+            [
+                f"1 host(s) x 8 worker(s) x 2 GPU(s) = 16 GPUs, {FOUR} (got 8)",
+                f"1 host(s) x 8 worker(s) x 1 CPU(s) = 8 CPUs, {FOUR} (got 8)",
+            ],
+        ),
+        (
+            {"workers_per_host": 2},
+            Machine(4, 1),
+            ["1 host(s) x 2 worker(s) x 1 GPU(s) = 2 GPUs, this machine has 1; give --address for a cluster (got 2)"],
+        ),
+        ({"workers_per_host": 2, "gpus_per_worker": 0}, Machine(4, 1), []),
+        ({"hosts": 100, "workers_per_host": 8, "gpus_per_worker": 8}, None, []),
+    ],
+)
+def test_no_more_workers_than_the_machine_has(
+    resources: dict[str, Any], machine: Machine | None, faults: list[str]
+) -> None:
+    found = faults_of(machine, resources=resources, train={"steps": 1, "batch_size": 64})
+    assert found == [(("resources", "workers_per_host"), message) for message in faults]
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("0", 1), ("0,1", 2), ("-1", 0), ("GPU-a,GPU-b", 2)])
+def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert this_machine().gpus == gpus
+    assert this_machine().cpus >= 1
