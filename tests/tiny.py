@@ -89,7 +89,7 @@ def write_tiny_t5(folder: Path, *, gated: bool = True, spread: float = 3.0, drop
 
 
 def write_tiny_bert(folder: Path, *, spread: float = 20.0, dropout: float = 0.1) -> Path:
-    """Write a random BERT classifier with its tokenizer; arguments as in :func:`write_tiny_t5`."""
+    """Write a random BERT, less its task head, with its tokenizer; arguments as in :func:`write_tiny_t5`."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -108,7 +108,7 @@ def write_tiny_bert(folder: Path, *, spread: float = 20.0, dropout: float = 0.1)
 
 
 def write_tiny_roberta(folder: Path, *, spread: float = 20.0, dropout: float = 0.1) -> Path:
-    """Write a random RoBERTa classifier with its tokenizer; arguments as in :func:`write_tiny_t5`."""
+    """Write a random RoBERTa, less its task head, with its tokenizer; arguments as in :func:`write_tiny_t5`."""
     config = RobertaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -319,6 +319,7 @@ def _write(
         for name, weight in model.named_parameters():
             if name.endswith("weight") and any(part in name for part in widened):
                 weight.mul_(spread)
-    model.save_pretrained(folder)
+    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith("classifier")}
+    model.save_pretrained(folder, state_dict=kept)
     tokenizer.save_pretrained(folder)
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from deft_ray.models.base import Base
@@ -51,7 +53,7 @@ def attach_adapter(
 def detach_adapter(model: PeftModel) -> None:
     """Give the base its own modules back."""
     model.unload()
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     if hasattr(base, "peft_config"):
         del base.peft_config
     base.activation_checkpointing_disable()

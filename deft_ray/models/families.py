@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def _count_blocks(model: PreTrainedModel) -> int:
     return int(config.num_hidden_layers)
 
 
-def renew_head(model: PreTrainedModel, family: Family, outputs: int) -> None:
+def renew_head(model: Any, family: Family, outputs: int) -> None:
     """Put a freshly initialised task head on an encoder; uses torch's global random state.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
@@ -50,8 +51,8 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
     Returns:
         ``f1`` and ``exact_match``, fractions.
     """
-    found = [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)]
-    wanted = [
+    found: list[Any] = [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)]
+    wanted: list[Any] = [
         {"answers": {"text": list(gold), "answer_start": [0] * len(gold)}, "id": str(index)}
         for index, gold in enumerate(answers)
     ]

@@ -155,7 +155,8 @@ class Evaluator:
             logits = self.model(encoder_outputs=encoded, attention_mask=mask_BT, labels=labels).logits
         if logits.isnan().any():
             return [math.nan] * len(examples)
-        tokens = self.base.model.generate(
+        model: Any = self.base.model
+        tokens = model.generate(
             encoder_outputs=encoded,
             attention_mask=mask_BT,
             max_new_tokens=self.max_new_tokens,

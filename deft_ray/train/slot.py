@@ -123,8 +123,7 @@ class Slot:
                 density_loss += (density or 0.0) * share / len(shares)
                 penalty_loss += (density or 0.0) * share * self._alpha[side]
         self.done += 1
-        measured = (density_loss, penalty_loss) if measure else (None, None)
-        return StepResult(task_loss, *measured, rate)
+        return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the validation split, over all ranks."""

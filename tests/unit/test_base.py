@@ -77,10 +77,11 @@ def test_missing_weights_are_refused_by_name(tiny_models: dict[str, Path], tmp_p
         load_base(str(folder), "t5", quantization=quantization)
 
 
-def test_an_encoder_without_its_task_head_is_welcome(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy_without(tiny_models["roberta"], tmp_path, "classifier.")
+def test_an_encoder_without_its_task_head_is_welcome(tiny_models: dict[str, Path]) -> None:
+    stored = load_file(tiny_models["roberta"] / "model.safetensors")
 
-    assert len(load_base(str(folder), "roberta").sites) == 2
+    assert not any("classifier" in name for name in stored)
+    assert len(load_base(str(tiny_models["roberta"]), "roberta").sites) == 2
 
 
 def test_what_a_checkpoint_lacks_is_made_up_alike_on_every_host(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Every spec in search_spaces/ runs to the end, with a tiny model of its family and made-up rows in place of the real."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.integration.sweeps import ROOT, mlflow_runs, records, sweep
+from tests.tiny import write_glue, write_squad, write_tiny_roberta, write_tiny_t5
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, when its database is read
+
+SHRUNK = ("train.steps=2", "train.epochs=null", "search.trials=1", "resources.hosts=1", "resources.gpus_per_worker=0")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_glue(folder)
+    return write_squad(folder)
+
+
+def overrides(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def test_all_shipped_specs_are_here() -> None:
+    shipped = {file.name for file in (ROOT / "search_spaces").glob("*.yaml")}
+    assert shipped == {"quickstart.yaml", "glue.yaml", "squad.yaml", "glue_roberta.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "tasks"),
+    [("glue", "t5", 8), ("squad", "t5", 1), ("glue_roberta", "roberta", 8)],
+)
+def test_shipped_spec_runs_to_the_end(name: str, family: str, tasks: int, data: Path, tmp_path: Path) -> None:
+    model = (write_tiny_t5 if family == "t5" else write_tiny_roberta)(tmp_path / "model")
+    output = tmp_path / "run"
+    local = overrides(*SHRUNK, f"model.name={model}", f"data.dir={data}")
+
+    done = sweep(ROOT / "search_spaces" / f"{name}.yaml", output, *local)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(output)
+    assert len(found) == 2 * tasks
+    assert {record["status"] for record in found} == {"complete"}
+    assert all(0 <= record["density"] <= 1 for record in found)
+    with (output / "front.csv").open() as stream:
+        assert {row["task"] for row in csv.DictReader(stream)} == {record["task"] for record in found}
+    for record in found:
+        assert all((output / f"pareto-{record['task']}.{kind}").is_file() for kind in ("html", "png", "csv"))
+    parents, nested = mlflow_runs(output)
+    assert (len(parents), len(nested)) == (1, 2 * tasks)

@@ -1,0 +1,301 @@
+"""The host loop with a list for an inbox: rows in order, failures as data, nothing lost and nothing left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from deft_ray.models.base import Base, load_base
+from deft_ray.spec.schema import TrialSpec
+from deft_ray.train.host import Host, evaluation_steps, fingerprint, load_task
+from deft_ray.train.ranks import Ranks
+from deft_ray.train.slot import Slot
+from tests.tiny import tiny_trial
+
+Trial = Callable[..., TrialSpec]
+Row = dict[str, Any]
+
+
+class Killed(BaseException):
+    """The worker is gone: nobody handles this."""
+
+
+class Inbox:
+    """Trials from a list, rows into a list.
+
+    Args:
+        trials: What to run.
+        stop_at: Ask to stop after so many steps of the host.
+        kill_at: Die after so many.
+    """
+
+    def __init__(self, *trials: TrialSpec, stop_at: int | None = None, kill_at: int | None = None) -> None:
+        self.trials: list[TrialSpec | str] = [*trials, "closed"]
+        self.stop_at, self.kill_at = stop_at, kill_at
+        self.attempt, self.steps, self.followed = 0, 0, list[str]()
+        self.rows: list[Row] = []
+
+    def next_trial(self) -> TrialSpec | str:
+        return self.trials.pop(0)
+
+    def follow(self, trial: str, attempt: int) -> None:
+        assert attempt == self.attempt
+        self.followed.append(trial)
+
+    def stop_requested(self) -> bool:
+        self.steps += 1
+        if self.steps == self.kill_at:
+            raise Killed
+        return self.steps == self.stop_at
+
+    def send(self, row: Row) -> None:
+        self.rows.append(row)
+
+    @property
+    def kinds(self) -> list[str]:
+        return [row["kind"] for row in self.rows]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_models: dict[str, Path]) -> Base:
+    return load_base(str(tiny_models["t5"]), "t5")
+
+
+@pytest.fixture
+def trial(tiny_models: dict[str, Path], tiny_data: Path) -> Trial:
+    def make(**leaves: Any) -> TrialSpec:
+        return tiny_trial(tiny_models["t5"], "t5", tiny_data, leaves.pop("task", "mrpc"), **leaves)
+
+    return make
+
+
+@pytest.fixture
+def serve(base: Base, ranks: Ranks, tmp_path: Path) -> Callable[..., list[Row]]:
+    def run(inbox: Inbox) -> list[Row]:
+        Host(base, ranks, inbox, str(tmp_path / "checkpoints"), "h0").serve()
+        return inbox.rows
+
+    return run
+
+
+def numbers(row: Row) -> Row:
+    """What an end row says of the trial itself."""
+    return {key: value for key, value in row.items() if key == "steps" or key.startswith(("score", "extra", "density"))}
+
+
+def test_rows_come_in_order_and_say_what_a_record_needs(trial: Trial, serve: Any) -> None:
+    rows = serve(Inbox(trial(train__steps=4, train__evaluations=2, deft__alpha=1.0)))
+
+    assert [(row["kind"], row.get("step", row.get("steps"))) for row in rows if row["kind"] != "end"] == [
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+        ("train", 3),
+        ("train", 4),
+        ("eval", 4),
+    ]
+    train, evaluation, end = rows[0], rows[-2], rows[-1]
+    assert train.keys() == {"kind", "step", "time", "loss", "task_loss", "density_loss", "learning_rate"}
+    assert train["loss"] == pytest.approx(train["task_loss"] + 2 * train["density_loss"], rel=1e-6)
+    assert (end["kind"], end["status"], end["steps"], end["host"]) == ("end", "complete", 4, "h0")
+    assert numbers(end) == {**numbers(evaluation), "steps": 4}
+    assert end["score_metric"] == "accuracy" and list(end["extra_scores"]) == ["f1"]
+    assert 0 < end["density"] < 1 and len(end["density_layers"]) == 4
+    assert (end["dtype"], end["activation"]) == ("float32", "NewGELUActivation")
+    assert end["wall_s"] == end["ended_at"] - end["started_at"] >= sum(end["times"].values()) - 0.05
+    assert end["times"].keys() == {"startup_s", "train_s", "eval_s", "save_s"}
+    assert end["peak_memory_gib"] > 0.1
+    assert {"torch", "peft", "deepspeed", "python"} <= end["versions"].keys()
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+
+
+def test_long_trials_report_about_twenty_losses(trial: Trial, serve: Any) -> None:
+    rows = serve(Inbox(trial(train__steps=44, train__batch_size=1, data__validation_examples=2)))
+
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(2, 45, 2))
+
+
+def test_the_finished_adapter_is_stored_and_the_checkpoints_are_gone(trial: Trial, serve: Any, tmp_path: Path) -> None:
+    end = serve(Inbox(trial(trial="t0007", train__checkpoint_every_s=0.0)))[-1]
+    folder = tmp_path / "checkpoints" / "t0007"
+
+    assert end["adapter"] == str(folder / "adapter")
+    assert [path.name for path in folder.iterdir()] == ["adapter"]
+    assert {path.name for path in (folder / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(load_file(folder / "adapter" / "adapter_model.safetensors")) == 2 * (4 * 6 + 3 * 4)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "error"),
+    [
+        ({"adapter__target_modules": ["query"]}, "ValueError: Target modules"),
+        ({"data__dir": "/nowhere"}, "SetupError: /nowhere/glue/mrpc/train.parquet: no such file"),
+    ],
+)
+def test_a_trial_that_raises_is_a_row_and_the_next_one_runs(
+    trial: Trial, serve: Any, leaves: dict[str, Any], error: str
+) -> None:
+    good = trial(trial="t0002", adapter__lora_dropout=0.1)
+    want = serve(Inbox(good))[-1]
+    rows = serve(Inbox(trial(trial="t0001", **leaves), good))
+
+    assert (rows[0]["kind"], rows[0]["status"]) == ("end", "failed")
+    assert rows[0]["cause"].startswith("Traceback") and error in rows[0]["cause"]
+    assert "score" not in rows[0] and rows[0]["wall_s"] >= 0
+    assert rows[-1]["status"] == "complete"
+    assert numbers(rows[-1]) == numbers(want)
+
+
+def test_a_trial_that_breaks_in_a_step_is_a_row_and_the_next_one_runs(
+    trial: Trial, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = trial(trial="t0002", adapter__lora_dropout=0.1)
+    want = serve(Inbox(good))[-1]
+    step = Slot.step
+
+    def breaks(slot: Slot, measure: bool = False) -> Any:
+        if slot.trial.trial == "t0001" and slot.done == 2:
+            raise RuntimeError("CUDA out of memory")
+        return step(slot, measure)
+
+    monkeypatch.setattr(Slot, "step", breaks)
+    rows = serve(Inbox(trial(trial="t0001"), good))
+
+    failed = next(row for row in rows if row["kind"] == "end")
+    assert failed["status"] == "failed" and "RuntimeError: CUDA out of memory" in failed["cause"]
+    assert rows[-1]["status"] == "complete"
+    assert numbers(rows[-1]) == numbers(want)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_loss_that_is_no_number_is_a_divergence(trial: Trial, serve: Any, steps: int, zero_stage: int) -> None:
+    """Also where the last step breaks the model, and no later loss tells."""
+    wild = trial(
+        trial="t0001", train__learning_rate=1e30, train__steps=steps, train__warmup_share=0.0, train__zero_stage=zero_stage
+    )
+    rows = serve(Inbox(wild, trial(trial="t0002")))
+    ends = [row for row in rows if row["kind"] == "end"]
+
+    assert [row["status"] for row in ends] == ["diverged", "complete"]
+    assert "not finite" in ends[0]["cause"]
+    assert "score" not in ends[0]
+
+
+def test_a_stopped_trial_ends_after_its_step(trial: Trial, serve: Any) -> None:
+    inbox = Inbox(trial(trial="t0001", train__evaluations=4), trial(trial="t0002"), stop_at=2)
+    rows = serve(inbox)
+    first = rows[: inbox.kinds.index("end") + 1]
+
+    assert [row["kind"] for row in first] == ["train", "eval", "train", "end"]
+    assert (first[-1]["status"], first[-1]["steps"], first[-1]["adapter"]) == ("stopped", 2, None)
+    assert first[-1]["score"] == first[1]["score"], "what it had reached"
+    assert rows[-1]["status"] == "complete"
+
+
+@pytest.mark.parametrize(("zero_stage", "task"), [(0, "mrpc"), (2, "squad")])
+def test_a_killed_trial_resumes_and_ends_as_the_undisturbed_one(
+    trial: Trial, serve: Any, tmp_path: Path, zero_stage: int, task: str
+) -> None:
+    leaves: dict[str, Any] = {
+        "task": task,
+        "adapter__lora_dropout": 0.1,
+        "deft__alpha": 1.0,
+        "data__max_target_tokens": 4,
+        "train__steps": 6,
+        "train__evaluations": 3,
+        "train__zero_stage": zero_stage,
+        "train__checkpoint_every_s": 0.0,
+    }
+    calm = serve(Inbox(trial(trial="t0001", **leaves)))
+    want = load_file(Path(calm[-1]["adapter"]) / "adapter_model.safetensors")
+    killed = Inbox(trial(trial="t0002", **leaves), kill_at=4)
+    with pytest.raises(Killed):
+        serve(killed)
+    again = Inbox(trial(trial="t0002", **leaves))
+    rows = serve(again)
+
+    assert "end" not in killed.kinds
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [4, 5, 6]
+    assert rows[-1]["status"] == "complete"
+    assert numbers(rows[-1]) == numbers(calm[-1])
+    got = load_file(Path(rows[-1]["adapter"]) / "adapter_model.safetensors")
+    assert all((got[key] == want[key]).all() for key in want)
+    losses = {row["step"]: row["loss"] for row in killed.rows + rows if row["kind"] == "train"}
+    assert losses == {row["step"]: row["loss"] for row in calm if row["kind"] == "train"}
+
+
+def test_a_checkpoint_of_another_configuration_is_not_taken(trial: Trial, serve: Any) -> None:
+    with pytest.raises(Killed):
+        serve(Inbox(trial(train__checkpoint_every_s=0.0), kill_at=3))
+    rows = serve(Inbox(trial(train__checkpoint_every_s=0.0, deft__alpha=2.0)))
+
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_waiting_is_not_the_end(trial: Trial, serve: Any) -> None:
+    inbox = Inbox(trial(trial="t0001"), trial(trial="t0002"))
+    inbox.trials.insert(1, "wait")
+    inbox.trials.insert(0, "wait")
+    serve(inbox)
+
+    assert inbox.followed == ["t0001", "t0002"]
+    assert inbox.kinds.count("end") == 2
+
+
+def test_five_trials_leave_nothing_on_the_base(base: Base, trial: Trial, serve: Any) -> None:
+    names = {name for name, _ in base.model.named_modules()}
+    attributes = set(vars(base.model))
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"train__gradient_checkpointing": True, "deft__alpha": 1.0},
+        {"adapter__target_modules": ["query"]},
+        {"train__learning_rate": 1e30},
+        {"train__zero_stage": 2, "task": "squad", "data__max_target_tokens": 3},
+    ]
+    before = hook_count(base)
+    serve(Inbox(*(trial(trial=f"t{number:04d}", **leaves) for number, leaves in enumerate(kinds))))
+
+    assert hook_count(base) == before
+    assert all(not site.module._forward_hooks and not site.module._forward_pre_hooks for site in base.sites)
+    assert {name for name, _ in base.model.named_modules()} == names
+    assert set(vars(base.model)) - attributes <= {"_require_grads_hooks"}
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base.model.parameters())
+
+
+def hook_count(base: Base) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in base.model.modules() for kind in kinds)
+
+
+def test_a_task_is_read_once_per_host(base: Base, ranks: Ranks, trial: Trial, tmp_path: Path, monkeypatch: Any) -> None:
+    read: list[str] = []
+
+    def counted(task: str, *arguments: Any) -> Any:
+        read.append(task)
+        return load_task(task, *arguments)
+
+    monkeypatch.setattr("deft_ray.train.host.load_task", counted)
+    trials = [trial(trial="t0001"), trial(trial="t0002", seed=1), trial(trial="t0003", task="rte")]
+    Host(base, ranks, Inbox(*trials), str(tmp_path), "h0").serve()
+
+    assert read == ["mrpc", "rte"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluations", "want"),
+    [(10, 1, {10}), (10, 2, {5, 10}), (10, 4, {2, 5, 8, 10}), (3, 9, {1, 2, 3}), (1, 1, {1}), (7, 3, {2, 5, 7})],
+)
+def test_evaluations_are_spread_and_the_last_step_has_one(steps: int, evaluations: int, want: set[int]) -> None:
+    assert evaluation_steps(steps, evaluations) == want
+
+
+def test_fingerprints_tell_configurations_apart(trial: Trial) -> None:
+    specs = [trial(), trial(seed=1), trial(trial="t0001"), trial(deft__alpha=1.0), trial(train__learning_rate=0.02)]
+
+    assert fingerprint(trial()) == fingerprint(trial())
+    assert len({fingerprint(spec) for spec in specs}) == len(specs)
