@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny models: ``t5`` (gated GELU), ``dry-t5`` (the same without dropout), ``relu-t5``, ``bert``, ``roberta``."""
+    """Folders: ``t5`` (gated GELU), ``dry-t5`` (the same without dropout), ``relu-t5``, ``bert``, ``roberta``."""
     from tests import tiny
 
     root = tmp_path_factory.mktemp("models")

@@ -267,7 +267,10 @@ def _write_rows(file: Path, rows: list[Row]) -> None:
 def _corpus() -> list[str]:
     """Some of all that a tokenizer will read: rows, prompts, label words, numbers."""
     texts = [
-        str(value) for task in GLUE_TASKS for row in glue_rows(task, "train", 20) for value in [task, *row.keys(), *row.values()]
+        str(value)
+        for task in GLUE_TASKS
+        for row in glue_rows(task, "train", 20)
+        for value in [task, *row.keys(), *row.values()]
     ]
     texts += [str(value) for row in squad_rows("train", 20) for value in [*row.keys(), *row.values()]]
     labels = "unacceptable acceptable negative positive not_equivalent equivalent not_duplicate duplicate "

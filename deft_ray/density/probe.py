@@ -83,9 +83,7 @@ class DensityProbe:
         self._layers = {side: sum(site.side == side for site in sites) for side in SIDES}
         self._counting: tuple[DensityCounts, Mapping[str, Tensor]] | None = None
         self._penalty: Penalty | None = None
-        self._handles = [
-            site.module.register_forward_hook(self._hook(index, site)) for index, site in enumerate(sites)
-        ]
+        self._handles = [site.module.register_forward_hook(self._hook(index, site)) for index, site in enumerate(sites)]
 
     def remove(self) -> None:
         """Take the hooks off the model."""

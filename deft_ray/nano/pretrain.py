@@ -27,6 +27,7 @@ from deft_ray.nano.words import Dice
 BATCHES_PER_POOL = 32
 REPORT_EVERY = 250
 WARM_UP = 100
+NEIGHBOUR_BIAS = 4.0
 
 
 def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
@@ -41,7 +42,7 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
         vocab_size=vocabulary,
         d_model=128,
         d_kv=32,
-        num_heads=4,
+        num_heads=8,
         d_ff=384,
         num_layers=3,
         num_decoder_layers=2,
@@ -53,15 +54,35 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
         eos_token_id=1,
     )
     model = T5ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.shared.weight, std=0.3)  # T5's 1.0 moves too little in a few thousand steps of AdamW
-    with torch.no_grad():  # copying a word is the commonest skill, and it is learnt sooner if in and out begin alike
-        model.lm_head.weight.copy_(model.shared.weight * (config.d_model**-0.5 / 0.3))
-        for block in model.encoder.block:  # half of the heads begin by looking for the same word elsewhere
-            attention = block.layer[0].SelfAttention
-            half = attention.q.weight.shape[0] // 2
-            attention.k.weight[:half].normal_(std=0.035)
-            attention.q.weight[:half] = attention.k.weight[:half]
+    _prepare_attention(model)
     return model
+
+
+@torch.no_grad()
+def _prepare_attention(model: T5ForConditionalGeneration) -> None:
+    """Start attention from what every skill here needs, which a few thousand steps would hardly find by themselves.
+
+    Half of the heads look for the same word elsewhere (query and key weights start equal), four of the others at a
+    neighbouring word (relative biases), and the decoder says the words it attends to (output weights start as the
+    transposed value weights, embeddings and head being tied).
+    """
+    torch.nn.init.normal_(model.shared.weight, std=model.config.d_model**-0.5)
+    for block in model.encoder.block:
+        _look_for_same_word(block.layer[0].SelfAttention)
+    for block in model.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        _look_for_same_word(attention)
+        attention.o.weight.copy_(0.3 * attention.v.weight.T)
+    encoder_bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    for head, bucket in enumerate((1, 17, 2, 18)):  # one word back, one on, two back, two on
+        encoder_bias[bucket, head] = NEIGHBOUR_BIAS
+    model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[1, 0] = NEIGHBOUR_BIAS
+
+
+def _look_for_same_word(attention: torch.nn.Module) -> None:
+    half = attention.q.weight.shape[0] // 2
+    attention.k.weight[half:].normal_(std=0.035)
+    attention.q.weight[half:] = attention.k.weight[half:]
 
 
 def pretrain(

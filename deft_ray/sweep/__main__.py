@@ -63,13 +63,21 @@ def _run(options: argparse.Namespace) -> int:
     spec = load_spec(options.spec, options.overrides, machine if options.address is None else None)
     output = options.output or Path("runs") / spec.name
     plan = build_plan(spec, str(output), machine)
-    print(format_plan(plan), flush=True)
+    _print(format_plan(plan))
     if options.plan:
         return 0
     from deft_ray.sweep.runner import run_sweep
 
     run_sweep(spec, output, resume=options.resume, address=options.address)
     return 0
+
+
+def _print(text: str) -> None:
+    """Print, unless the reader has left: ``--plan SPEC | head``."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_now(code: int) -> None:

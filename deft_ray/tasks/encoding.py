@@ -87,7 +87,9 @@ def encode_task(
     task = TASKS[task_name]
     words = answer_words(task) if text_to_text else ()
     candidates = tokenizer(list(words))["input_ids"] if words else []
-    values = [index / 5 for index in range(len(words))] if task.kind == "regression" else [*map(float, range(len(words)))]
+    values = (
+        [index / 5 for index in range(len(words))] if task.kind == "regression" else [*map(float, range(len(words)))]
+    )
 
     def encode(rows: list[Row]) -> list[Example]:
         if not text_to_text:
@@ -121,9 +123,7 @@ def _encode_words(
     if task.kind == "question":
         golds = [tuple(row["answers"]["text"]) for row in rows]
         firsts = tokenizer([gold[0] for gold in golds], truncation=True, max_length=target_length)["input_ids"]
-        return [
-            Example(source, first, -1.0, gold) for source, first, gold in zip(sources, firsts, golds, strict=True)
-        ]
+        return [Example(source, first, -1.0, gold) for source, first, gold in zip(sources, firsts, golds, strict=True)]
     indices = [round(row["label"] * 5) if task.kind == "regression" else row["label"] for row in rows]
     return [
         Example(source, candidates[index], float(row["label"]))

@@ -131,7 +131,9 @@ class Evaluator:
             return self._generate(examples, source["attention_mask"], encoded, counts)
         return self._choose(examples, source["attention_mask"], encoded, counts)
 
-    def _choose(self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts) -> list[Prediction]:
+    def _choose(
+        self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts
+    ) -> list[Prediction]:
         """Score every candidate answer of every row; take the likeliest class, or the expected value."""
         width, rows = len(self.data.candidates), len(examples)
         labels = pad(self.data.candidates, IGNORED).to(self.ranks.device).repeat(rows, 1)
@@ -149,7 +151,9 @@ class Evaluator:
             return _finite_or_nan((likelihood_BC.softmax(dim=-1) * values).sum(dim=-1), likelihood_BC)
         return _finite_or_nan(values[likelihood_BC.argmax(dim=-1)], likelihood_BC)
 
-    def _generate(self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts) -> list[Prediction]:
+    def _generate(
+        self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts
+    ) -> list[Prediction]:
         labels = pad([example.target_ids for example in examples], IGNORED).to(self.ranks.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
             logits = self.model(encoder_outputs=encoded, attention_mask=mask_BT, labels=labels).logits
@@ -175,7 +179,9 @@ class Evaluator:
 
 def _finite_or_nan(chosen_B: Tensor, scores_BC: Tensor) -> list[Prediction]:
     """What was chosen; no number where a score is none, as an argmax would hide it."""
-    return [math.nan if bad else float(value) for value, bad in zip(chosen_B, scores_BC.isnan().any(dim=-1), strict=True)]
+    return [
+        math.nan if bad else float(value) for value, bad in zip(chosen_B, scores_BC.isnan().any(dim=-1), strict=True)
+    ]
 
 
 def token_log_likelihood(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ FAMILIES = [("t5", None), ("bert", 3), ("roberta", 1)]
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def bases(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[dict[str, Base]]:
-    yield {name: load_base(str(tiny_models[name]), name, quantization=request.param) for name, _ in FAMILIES}
+    return {name: load_base(str(tiny_models[name]), name, quantization=request.param) for name, _ in FAMILIES}
 
 
 def attach(base: Base, outputs: int | None, seed: int = 0, **options: Any) -> PeftModel:

@@ -16,8 +16,12 @@ from deft_ray.models.base import load_base
 from deft_ray.models.folder import check_model_folder
 
 
-@pytest.mark.parametrize(("name", "family"), [("t5", "t5"), ("relu-t5", "t5"), ("bert", "bert"), ("roberta", "roberta")])
-def test_a_base_is_frozen_and_holds_the_weights_of_its_file(tiny_models: dict[str, Path], name: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"), [("t5", "t5"), ("relu-t5", "t5"), ("bert", "bert"), ("roberta", "roberta")]
+)
+def test_a_base_is_frozen_and_holds_the_weights_of_its_file(
+    tiny_models: dict[str, Path], name: str, family: str
+) -> None:
     base = load_base(str(tiny_models[name]), family)
     stored = load_file(tiny_models[name] / "model.safetensors")
 

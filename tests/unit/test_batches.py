@@ -78,7 +78,8 @@ def test_an_encoder_batch_has_one_label_a_row(regression: bool, dtype: torch.dty
     examples = [Example([2, 5, 3], [], 1.0), Example([2, 3], [], 2.0)]
     batch = training_batch(examples, pad_id=7, text_to_text=False, regression=regression, device=CPU)
 
-    assert batch.inputs["labels"].tolist() == [1, 2] and batch.inputs["labels"].dtype == dtype
+    assert batch.inputs["labels"].tolist() == [1, 2]
+    assert batch.inputs["labels"].dtype == dtype
     assert batch.inputs["input_ids"].tolist() == [[2, 5, 3], [2, 3, 7]]
     assert list(batch.masks) == list(batch.tokens) == ["encoder"]
     assert (batch.tokens["encoder"], batch.items) == (5, 2)

@@ -68,7 +68,8 @@ def test_candidates_are_all_answers_with_their_values(tiny_models: dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("label", "answer"), [(0.0, "0.0"), (0.09, "0.0"), (2.5, "2.4"), (2.7, "2.8"), (3.333, "3.4"), (4.95, "5.0"), (5.0, "5.0")]
+    ("label", "answer"),
+    [(0.0, "0.0"), (0.09, "0.0"), (2.5, "2.4"), (2.7, "2.8"), (3.333, "3.4"), (4.95, "5.0"), (5.0, "5.0")],
 )
 def test_similarities_are_rounded_to_fifths(tiny_models: dict[str, Path], label: float, answer: str) -> None:
     tokenizer = tokenizer_of(tiny_models, "t5")
@@ -83,7 +84,8 @@ def test_a_question_is_trained_on_its_first_answer_and_keeps_all(tiny_models: di
     tokenizer, rows = tokenizer_of(tiny_models, "t5"), squad_rows("train", 7)
     data = encode(tokenizer, "squad", rows)
 
-    assert data.candidates == [] and data.values == []
+    assert data.candidates == []
+    assert data.values == []
     for row, example in zip(rows, data.train, strict=True):
         prompt = f"question: {row['question']} context: {row['context']}"
         assert tokenizer.decode(example.input_ids) == prompt + "</s>"
@@ -99,7 +101,8 @@ def test_sources_and_answers_are_cut_and_still_end(tiny_models: dict[str, Path])
     whole = tokenizer(f"question: {row['question']} context: {row['context']}")["input_ids"]
 
     assert example.input_ids == [*whole[:7], tokenizer.eos_token_id]
-    assert len(example.target_ids) == 3 and example.target_ids[-1] == tokenizer.eos_token_id
+    assert len(example.target_ids) == 3
+    assert example.target_ids[-1] == tokenizer.eos_token_id
 
 
 def test_label_words_are_never_cut(tiny_models: dict[str, Path]) -> None:
@@ -111,7 +114,9 @@ def test_label_words_are_never_cut(tiny_models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("task", GLUE_TASKS)
-def test_an_encoder_reads_what_its_tokenizer_makes_of_the_texts(tiny_models: dict[str, Path], task: str, family: str) -> None:
+def test_an_encoder_reads_what_its_tokenizer_makes_of_the_texts(
+    tiny_models: dict[str, Path], task: str, family: str
+) -> None:
     tokenizer, rows = tokenizer_of(tiny_models, family), glue_rows(task, "train", 6)
     data = encode(tokenizer, task, rows, text_to_text=False, max_source_tokens=14)
 
@@ -120,6 +125,7 @@ def test_an_encoder_reads_what_its_tokenizer_makes_of_the_texts(tiny_models: dic
         want = tokenizer(*(row[column] for column in columns), truncation=True, max_length=14)
         assert example.input_ids == want["input_ids"]
         assert list(example.type_ids) == want.get("token_type_ids", [])
-        assert example.target_ids == [] and example.label == row["label"]
+        assert example.target_ids == []
+        assert example.label == row["label"]
     assert data.candidates == []
     assert any(1 in example.type_ids for example in data.train) == (family == "bert" and len(columns) == 2)

@@ -65,7 +65,9 @@ class TwoStacks(nn.Module):
         return target_BTD.square().mean() + source_BTD.sin().mean()
 
 
-def reference(model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, weights: Any, masks: Any) -> dict[str, Tensor]:
+def reference(
+    model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, weights: Any, masks: Any
+) -> dict[str, Tensor]:
     """Gradients of task loss + Σ_side weight x density loss, with the activations kept in float64."""
     model = model.double()
     acts: dict[str, Tensor] = {}
@@ -95,7 +97,10 @@ def build(seed: int, recompute: str = "none") -> tuple[TwoStacks, tuple[Tensor, 
     d_model, d_ff, rows, source, target, encoder, decoder = (int(torch.randint(1, 7, ())) for _ in range(7))
     model = TwoStacks(d_model, d_ff, encoder, decoder, recompute)
     inputs = torch.randn(rows, source, d_model), torch.randn(rows, target, d_model)
-    masks = {side: (torch.rand(rows, x.shape[1]) < 0.6).long() for side, x in zip(("encoder", "decoder"), inputs, strict=True)}
+    masks = {
+        side: (torch.rand(rows, x.shape[1]) < 0.6).long()
+        for side, x in zip(("encoder", "decoder"), inputs, strict=True)
+    }
     return model, inputs, masks
 
 
@@ -263,7 +268,9 @@ def test_counts_are_numpys(real: float, dtype: torch.dtype) -> None:
     assert counts.density() == (both[0] / both[1] if both[1] else None)
     assert counts.density_paper() == both[2] / both[3]
     assert counts.density("encoder") == (total[0][0] / total[0][1] if total[0][1] else None)
-    assert counts.density_at_tau() == ({f"{tau:g}": both[4 + i] / both[1] for i, tau in enumerate(TAUS)} if both[1] else {})
+    assert counts.density_at_tau() == (
+        {f"{tau:g}": both[4 + i] / both[1] for i, tau in enumerate(TAUS)} if both[1] else {}
+    )
     assert counts.density_layers().keys() == ({"encoder.0", "decoder.0"} if both[1] else set())
 
 
@@ -298,7 +305,10 @@ def test_counting_sees_only_what_is_inside_and_only_masked_sides() -> None:
         model(*inputs)
     model(*inputs)
     assert counts.rows[: len(model.encoder)].sum() == 0
-    assert counts.rows[len(model.encoder)][3] == inputs[1].shape[0] * inputs[1].shape[1] * model.decoder[0].first.out_features  # type: ignore[union-attr]
+    assert (
+        counts.rows[len(model.encoder)][3]
+        == inputs[1].shape[0] * inputs[1].shape[1] * model.decoder[0].first.out_features
+    )  # type: ignore[union-attr]
 
     probe.remove()
     with probe.counting(DensityCounts.empty(probe.names), masks):

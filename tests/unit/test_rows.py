@@ -82,7 +82,7 @@ def test_questions_without_an_answer_are_refused(tmp_path: Path) -> None:
     row = {**squad_rows("train", 1)[0], "answers": {"text": [], "answer_start": []}}
     write(tmp_path, "squad", "train", [squad_rows("train", 1)[0], row])
 
-    with pytest.raises(SetupError, match="^squad: train: rows without an answer; needs a labelled split$"):
+    with pytest.raises(SetupError, match=r"^squad: train: rows without an answer; needs a labelled split$"):
         load_rows("squad", "train", str(tmp_path), None)
 
 
@@ -91,7 +91,7 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     pq.write_table(pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), file)
 
-    with pytest.raises(SetupError, match="^sst2: train: no rows$"):
+    with pytest.raises(SetupError, match=r"^sst2: train: no rows$"):
         load_rows("sst2", "train", str(tmp_path), None)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ EPSILON = 1e-3
 
 @pytest.fixture(scope="module")
 def bases(tiny_models: dict[str, Path]) -> dict[str, Base]:
-    return {name: load_base(str(tiny_models[name]), name.split("-")[-1]) for name in ("t5", "dry-t5", "bert", "roberta")}
+    return {
+        name: load_base(str(tiny_models[name]), name.split("-")[-1]) for name in ("t5", "dry-t5", "bert", "roberta")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +169,9 @@ def built_gradient(slot: Slot, alpha: float, alpha_decoder: float) -> dict[str, 
     order = torch.randperm(len(slot.data.train), generator=dice).tolist()
     batch = slot._collate([slot.data.train[index] for index in order[: slot.trial.train.batch_size]])
     acts: dict[str, Tensor] = {}
-    hooks = [s.module.register_forward_hook(lambda _m, _i, out, n=s.name: acts.update({n: out})) for s in slot.base.sites]
+    hooks = [
+        s.module.register_forward_hook(lambda _m, _i, out, n=s.name: acts.update({n: out})) for s in slot.base.sites
+    ]
     loss = slot.model(**batch.inputs).loss
     for hook in hooks:
         hook.remove()
@@ -217,7 +223,9 @@ def test_a_step_in_pieces_has_the_gradient_of_the_built_loss(
 @pytest.mark.parametrize("padding", ["longest", "max_length"])
 def test_padding_does_not_move_the_gradient(trial: Trial, open_slot: Any, padding: str) -> None:
     spec = trial("dry-t5", deft__alpha=2.0, deft__epsilon=EPSILON, data__padding=padding, train__max_grad_norm=0.0)
-    wanted = shaken(open_slot("dry-t5", spec.model_copy(update={"data": spec.data.model_copy(update={"padding": "longest"})})))
+    wanted = shaken(
+        open_slot("dry-t5", spec.model_copy(update={"data": spec.data.model_copy(update={"padding": "longest"})}))
+    )
     want = built_gradient(wanted, 2.0, 2.0)
     slot = shaken(open_slot("dry-t5", spec))
     slot.step()
@@ -321,13 +329,28 @@ def test_a_slot_that_cannot_be_built_leaves_no_trace(
 ) -> None:
     want = run(open_slot("t5", trial("t5")))
     modules = [name for name, _ in bases["dry-t5"].model.named_modules()]
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+    with monkeypatch.context() as patch:
         patch.setattr("deft_ray.train.slot.build_engine", out_of_memory)
-        open_slot("dry-t5", trial("dry-t5"))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            open_slot("dry-t5", trial("dry-t5"))
 
     assert [name for name, _ in bases["dry-t5"].model.named_modules()] == modules
     assert all(not site.module._forward_hooks for site in bases["dry-t5"].sites)
     assert run(open_slot("t5", trial("t5"))) == want
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_closed_slot_is_collected(trial: Trial, bases: dict[str, Base], ranks: Ranks, stage: int) -> None:
+    spec = trial("t5", train__zero_stage=stage, deft__alpha=1.0)
+    slot = Slot(spec, bases["t5"], load_task(spec.task, spec.data, bases["t5"]), ranks)
+    slot.step()
+    adapter = [p for p in slot.model.parameters() if p.requires_grad]
+    watched = [weakref.ref(thing) for thing in (slot, slot.engine, slot.model, *adapter)]
+    slot.close()
+    del slot, adapter
+    gc.collect()
+
+    assert [type(ref()).__name__ for ref in watched if ref() is not None] == []
 
 
 def out_of_memory(*_args: Any, **_options: Any) -> None:
@@ -437,7 +460,9 @@ def test_generated_answers_as_plain_peft_generates_them(
     from deft_ray.tasks.scoring import score_answers
 
     monkeypatch.setattr("deft_ray.train.evaluation.score_answers", remember)
-    spec = trial("t5", "squad", train__steps=25, train__batch_size=10, train__learning_rate=0.02, data__max_target_tokens=6)
+    spec = trial(
+        "t5", "squad", train__steps=25, train__batch_size=10, train__learning_rate=0.02, data__max_target_tokens=6
+    )
     with torch.enable_grad():
         found = trained(open_slot, spec, "t5", tmp_path)
     tokenizer, model, counts = reopened(tiny_models["t5"], tmp_path, None)
@@ -473,7 +498,13 @@ def word_overlap(prediction: str, gold: str) -> float:
 )
 @torch.no_grad()
 def test_encoder_heads_as_plain_peft_reads_them(
-    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], tmp_path: Path, name: str, task: str, columns: tuple[str, str]
+    trial: Trial,
+    open_slot: Any,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    task: str,
+    columns: tuple[str, str],
 ) -> None:
     spec = trial(name, task, deft__alpha=1.0, train__steps=10, train__batch_size=10)
     with torch.enable_grad():
@@ -500,7 +531,7 @@ def test_outputs_that_are_no_numbers_are_not_scored(trial: Trial, open_slot: Any
     next(p for p in slot.model.parameters() if p.requires_grad).data.fill_(math.nan)
     next(p for key, p in slot.model.named_parameters() if "lora_B" in key).data.fill_(1.0)
 
-    with pytest.raises(FloatingPointError, match="^the model's outputs are not finite in the evaluation$"):
+    with pytest.raises(FloatingPointError, match=r"^the model's outputs are not finite in the evaluation$"):
         slot.evaluate()
 
 

@@ -151,5 +151,6 @@ def test_a_trailing_slash_changes_nothing(tmp_path: Path, ranks: Ranks) -> None:
     TrialStorage(f"{tmp_path}/checkpoints/", "t0001", "abc").save(3, writes("three"), {}, ranks)
 
     latest = TrialStorage(f"{tmp_path}/checkpoints", "t0001", "abc").latest()
-    assert latest is not None and latest["step"] == 3
+    assert latest is not None
+    assert latest["step"] == 3
     assert TrialStorage(f"file://{tmp_path}/checkpoints/", "t0001", "abc").latest() == latest
