@@ -605,7 +605,7 @@ def test_two_workers_are_one_to_rounding(
 
     assert all(torch.equal(first["adapter"][name], second["adapter"][name]) for name in first["adapter"])
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=2e-5, atol=1e-6)
-    assert worst(first["adapter"], alone["adapter"]) < 1e-3
+    assert worst(first["adapter"], alone["adapter"]) < 5e-3
     assert torch.equal(first["counts"], second["counts"])
     assert torch.equal(first["counts"][:, 1], alone["counts"][:, 1])
     assert float((first["counts"] - alone["counts"])[:, 0].abs().sum() / alone["counts"][:, 1].sum()) < 1e-4
