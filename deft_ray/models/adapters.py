@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 
 from deft_ray.models.base import Base
 from deft_ray.models.families import renew_head
@@ -33,7 +34,12 @@ def attach_adapter(
 
     Returns:
         The PEFT model; only its adapter and head are trainable, in float32.
+
+    Raises:
+        ValueError: If a target names no module; PEFT alone would pass over it in silence.
     """
+    if isinstance(target_modules, list):
+        _require_targets(base, target_modules)
     if outputs is not None:
         renew_head(base.model, base.family, outputs)
     config = LoraConfig(
@@ -48,6 +54,16 @@ def attach_adapter(
         base.model.activation_checkpointing_enable({"use_reentrant": False})
         base.model.disable_input_require_grads()  # a hook for the reentrant kind, which nobody would take off again
     return model
+
+
+def _require_targets(base: Base, target_modules: list[str]) -> None:
+    linear = {name.split(".")[-1] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
+    names = [name for name, _ in base.model.named_modules()]
+    lost = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if lost:
+        raise ValueError(
+            f"adapter.target_modules: no module is named {', '.join(lost)}; linear layers here: {', '.join(sorted(linear))}"
+        )
 
 
 def detach_adapter(model: PeftModel) -> None:

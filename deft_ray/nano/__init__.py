@@ -1,7 +1,7 @@
 """The embedded default: a tiny instruction-tuned gated-GELU T5 and the generated tasks it is fine-tuned on.
 
-``tasks`` writes the rows, ``model/`` holds the pretrained weights and tokenizer, and ``pretrain`` made them. Together they
-let a sweep run from an installed package alone: no download, no accelerator.
+``tasks`` writes the rows, ``model/`` holds the pretrained weights and tokenizer, and ``pretrain`` made them. Together
+they let a sweep run from an installed package alone: no download, no accelerator.
 """
 
 from __future__ import annotations

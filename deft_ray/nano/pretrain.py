@@ -29,6 +29,12 @@ REPORT_EVERY = 250
 WARM_UP = 100
 NEIGHBOUR_BIAS = 4.0
 
+#: Second phase: pre-activations above this are charged, by this much per unit of mean height.
+THIN_LEVEL = -3.0
+THIN_WEIGHT = 0.2
+#: Below this the GELU of transformers is exactly zero in float32.
+ZERO_BELOW = -5.16
+
 
 def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
     """Build the untrained model; every linear layer's sizes are multiples of 64, as NF4 blocks want.
@@ -44,7 +50,7 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
         d_kv=32,
         num_heads=8,
         d_ff=384,
-        num_layers=3,
+        num_layers=4,
         num_decoder_layers=2,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
@@ -74,51 +80,99 @@ def _prepare_attention(model: T5ForConditionalGeneration) -> None:
         _look_for_same_word(attention)
         attention.o.weight.copy_(0.3 * attention.v.weight.T)
     encoder_bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    for head, bucket in enumerate((1, 17, 2, 18)):  # one word back, one on, two back, two on
+    for head, bucket in enumerate((1, 17, 2)):  # one word back, one on, two back
         encoder_bias[bucket, head] = NEIGHBOUR_BIAS
+    encoder_bias[[*range(1, 8), *range(17, 24)], 3] = NEIGHBOUR_BIAS / 2  # up to seven words back and on: the sentence
+    encoder_bias[0, 4:] = -NEIGHBOUR_BIAS  # elsewhere: not at the word itself
     model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[1, 0] = NEIGHBOUR_BIAS
 
 
 def _look_for_same_word(attention: torch.nn.Module) -> None:
     half = attention.q.weight.shape[0] // 2
-    attention.k.weight[half:].normal_(std=0.035)
+    attention.k.weight[half:].normal_(std=0.045)
     attention.q.weight[half:] = attention.k.weight[half:]
 
 
 def pretrain(
-    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, lr: float, seed: int
+    model: T5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    thinning_steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
 ) -> None:
-    """Train all weights on freshly written examples, with linear warm-up and decay of the learning rate.
+    """Train all weights on freshly written examples, first plainly, then with a charge on busy MLPs.
+
+    The MLPs of large pretrained transformers are sparse by themselves; those of so small a model are not. The second
+    phase makes up for it: it charges the mean height of the gates' pre-activations above :data:`THIN_LEVEL`, so that
+    most of them come to lie where a GELU is nearly, but not exactly, zero. That is the state in which a density loss
+    finds a large model.
 
     Args:
         model: Trained in place.
         tokenizer: The nano tokenizer.
-        steps: Optimizer steps.
+        steps: Optimizer steps of the first phase; the learning rate falls from ``lr`` to half of it.
+        thinning_steps: Optimizer steps of the second phase; the learning rate falls from ``lr`` to zero.
         batch_size: Examples per step.
         lr: Highest learning rate.
         seed: Seed of the examples.
     """
+    gates = _Gates(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    warm_up = max(1, min(WARM_UP, steps // 5))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-    )
     model.train()
     recent: dict[str, list[float]] = {}
     started = time.perf_counter()
-    for step, (prompts, batch) in zip(range(1, steps + 1), _batches(tokenizer, batch_size, seed), strict=False):
+    total = steps + thinning_steps
+    for step, (prompts, batch) in zip(range(1, total + 1), _batches(tokenizer, batch_size, seed), strict=False):
+        thinning = max(0, step - steps)
+        share = 1 - 0.5 * step / steps if not thinning else 1 - (thinning - 1) / thinning_steps
+        optimizer.param_groups[0]["lr"] = lr * share * min(1.0, step / WARM_UP)
         losses = example_losses(model(**batch).logits, batch["labels"])
+        charge = THIN_WEIGHT * min(1.0, thinning / WARM_UP) * gates.take_height()
         optimizer.zero_grad()
-        losses.mean().backward()
+        (losses.mean() + charge if thinning else losses.mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         for prompt, loss in zip(prompts, losses.tolist(), strict=True):
             recent.setdefault(prompt, []).append(loss)
-        if step % REPORT_EVERY == 0 or step == steps:
+        if step % REPORT_EVERY == 0 or step == total:
             means = "  ".join(f"{prompt} {sum(values) / len(values):.3f}" for prompt, values in sorted(recent.items()))
-            print(f"step {step:5d}  {time.perf_counter() - started:5.0f} s  {means}", flush=True)
+            passed = time.perf_counter() - started
+            print(f"step {step:5d}  {passed:5.0f} s  density {gates.density():.3f}  {means}", flush=True)
             recent.clear()
+    gates.remove()
+
+
+class _Gates:
+    """Watches the pre-activations of every MLP's gate, and computes the GELU in one fused step while it does."""
+
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        self._seen: list[Tensor] = []
+        self._blocks = [module for name, module in model.named_modules() if name.endswith("DenseReluDense")]
+        self._acts = [block.act for block in self._blocks]
+        for block in self._blocks:
+            block.act = torch.nn.GELU("tanh")
+        self._handles = [
+            block.wi_0.register_forward_hook(lambda _module, _inputs, out: self._seen.append(out))
+            for block in self._blocks
+        ]
+
+    def take_height(self) -> Tensor:
+        """Mean height above THIN_LEVEL of the last forward pass, mean over blocks."""
+        self._last, self._seen = self._seen, []
+        return torch.stack([torch.relu(pre - THIN_LEVEL).mean() for pre in self._last]).mean()
+
+    def density(self) -> float:
+        """Share of activations of the last forward pass that would not be exactly zero, padding counted."""
+        return float(torch.stack([(pre > ZERO_BELOW).float().mean() for pre in self._last]).mean())
+
+    def remove(self) -> None:
+        """Give the model its own activations back."""
+        for handle in self._handles:
+            handle.remove()
+        for block, act in zip(self._blocks, self._acts, strict=True):
+            block.act = act
 
 
 def example_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -144,7 +198,9 @@ def _batches(
     """
     dice = Dice(f"batches/{seed}")
     for pool in itertools.count():
-        examples = sorted(write_examples(BATCHES_PER_POOL * batch_size, seed * 1_000_000 + pool), key=lambda it: len(it[0]))
+        examples = sorted(
+            write_examples(BATCHES_PER_POOL * batch_size, seed * 1_000_000 + pool), key=lambda it: len(it[0])
+        )
         for number in dice.some(range(BATCHES_PER_POOL), BATCHES_PER_POOL):
             batch = examples[number * batch_size : (number + 1) * batch_size]
             yield [_prompt_name(source) for source, _ in batch], _encode(tokenizer, batch)
@@ -182,17 +238,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m deft_ray.nano.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the shipped model's)")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--thinning-steps", type=int, default=1200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), options.seed)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    pretrain(model, tokenizer, options.steps, options.batch_size, options.lr, options.seed)
+    steps = (options.steps, options.thinning_steps)
+    pretrain(model, tokenizer, *steps, options.batch_size, options.lr, options.seed)
     save(model, tokenizer, options.output)
     print_scores(options.output)
 

@@ -44,8 +44,10 @@ def model_score(model, tokenizer, task: str, rows: list[Row], batch_size: int = 
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = tokenizer([prompt_of(task, row) for row in batch], return_tensors="pt", padding=True)
-        right += _right_labels(model, tokenizer, task, batch, inputs) if LABELS[task] else _right_answers(
-            model, tokenizer, batch, inputs
+        right += (
+            _right_labels(model, tokenizer, task, batch, inputs)
+            if LABELS[task]
+            else _right_answers(model, tokenizer, batch, inputs)
         )
     return right / len(rows)
 
@@ -65,7 +67,8 @@ def _right_answers(model, tokenizer, rows: list[Row], inputs) -> int:
 def bag_of_words_score(task: str, train: list[Row], validation: list[Row], steps: int = 300) -> float:
     """Accuracy of logistic regression on word counts, the best that a model blind to word order can hope for.
 
-    On ``nano-question`` the classes are the answers of the training rows, and the likeliest one found in the context wins.
+    On ``nano-question`` the classes are the answers of the training rows, and the likeliest one found in the context
+    wins.
 
     Args:
         task: A nano task.

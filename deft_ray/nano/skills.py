@@ -1,10 +1,11 @@
 """What the nano model is taught before anyone fine-tunes it: span corruption and simple text-to-text skills.
 
-Every skill has many easy examples (plain statements, one fact to search) beside the hard ones (denials, two facts): when
-two words decide together and neither tells anything alone, a small model finds no way in.
+Every skill has many easy examples (plain statements, one fact to search) beside the hard ones (denials, two facts):
+when two words decide together and neither tells anything alone, a small model finds no way in.
 
-The skills are relatives of the nano tasks, never the tasks themselves: other prompts, other answer words, other templates.
-All sentences belong to the "pretrain" split, so nothing here occurs in the rows that the product trains or scores on.
+The skills are relatives of the nano tasks, never the tasks themselves: other prompts, other answer words, other
+templates. All sentences belong to the "pretrain" split, so nothing here occurs in the rows that the product trains or
+scores on.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ def _repeat(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     return (f"repeat: {text}", text), ()
 
 
+def _common(dice: Dice) -> tuple[Example, tuple[str, ...]]:
+    """Say the word that two lists share: practice in matching, on which most other skills rest."""
+    nouns = dice.pick((words.NAMES, words.JOBS, words.THINGS, words.PLACES, words.ANIMALS, words.TOWNS, words.ASPECTS))
+    shared, *others = dice.some(nouns, 3 + dice.below(4))
+    half = len(others) // 2
+    first, second = (dice.some(some, len(some)) for some in ([shared, *others[:half]], [shared, *others[half:]]))
+    return (f"common: {' '.join(first)} text: {' '.join(second)}", shared), ()
+
+
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +171,7 @@ def _tone_crowd(dice: Dice) -> tuple[Example, tuple[str, ...]]:
 
 
 def _opposite(dice: Dice) -> tuple[Example, tuple[str, ...]]:
-    first, second = dice.some(dice.pick(words.COMPARED + (("all", "no"), ("before", "after"))), 2)
+    first, second = dice.some(dice.pick((*words.COMPARED, ("all", "no"), ("before", "after"))), 2)
     return (f"opposite: {first}", second), ()
 
 
@@ -301,7 +311,12 @@ def _find(dice: Dice) -> tuple[Example, tuple[str, ...]]:
     for one in range(2):
         other = one + 2
         parts = {"thing": f"the {colours[one]} {things[one]}", "place": f"the {places[one]}", "town": towns[one]}
-        people = {"name": names[one], "friend": names[other], "doer": f"the {jobs[one]}", "target": f"the {jobs[other]}"}
+        people = {
+            "name": names[one],
+            "friend": names[other],
+            "doer": f"the {jobs[one]}",
+            "target": f"the {jobs[other]}",
+        }
         facts.append({**parts, **people, "past": past, "noun": things[one], "job": jobs[one]})
     shown = dice.some(facts, 2 if dice.chance(_TWO_FACTS_SHARE) else 1)
     text = " ".join(form[0].format(**fact) for fact in shown)
@@ -348,8 +363,9 @@ _FIND_FORMS = (
 
 _SKILLS: tuple[Skill, ...] = (
     _repeat,
+    *[_common] * 4,
     _tone_word,
-    *[_tone_clauses] * 4,
+    *[_tone_clauses] * 3,
     _tone_relative,
     _tone_rumour,
     _tone_crowd,
@@ -365,15 +381,15 @@ _SKILLS: tuple[Skill, ...] = (
 """Each skill as often as it is practised."""
 
 _OTHER_WORDS = (
-    "nano sentiment entailment sentence premise hypothesis question context repeat tone mood praise known sad opposite rewrite fact claim find text "
-    "the a an is was are were be been has have had do did does not never no all some most many few hardly any nobody "
-    "everybody in on at to by of from with than then that this these they she he it i we you and or but yet while although "
-    "though because if so as before after earlier later first next more less right wrong called found expected say seemed "
-    "seem looks look looked took take put gave give got hand handed who what where when why which how job work works once which "
-    "yes maybe unknown said positive negative neutral contradiction acceptable unacceptable equivalent duplicate different same true "
-    "false answer one two three four five six seven eight nine ten"
+    "nano sentiment entailment sentence premise hypothesis question context repeat common tone mood praise "
+    "known sad opposite rewrite fact claim find text the a an is was are were be been has have had do did does "
+    "not never no all some most many few hardly any nobody everybody in on at to by of from with than then that "
+    "this these they she he it i we you and or but yet while although though because if so as before after "
+    "earlier later first next more less right wrong called found expected say seemed seem looks look looked "
+    "took take put gave give got hand handed who what where when why which how job work works once which yes "
+    "maybe unknown said positive negative neutral contradiction acceptable unacceptable equivalent duplicate "
+    "different same true false answer one two three four five six seven eight nine ten"
 )
-
 
 
 def _all_words() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Seeded generator of three small text tasks with the columns of SST-2, MNLI and SQuAD.
 
-Every text is written by a template from the word lists of ``words``, so a task needs no download and has no licence but this
-package's. The templates are chosen so that single words say little: negation and "but" decide the sentiment, the order of
-the same words decides the entailment, and each question has two facts of its kind to choose from.
+Every text is written by a template from the word lists of ``words``, so a task needs no download and has no licence
+but this package's. The templates are chosen so that single words say little: negation and "but" decide the sentiment,
+the order of the same words decides the entailment, and each question has two facts of its kind to choose from.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _ENTAILED, _NEUTRAL, _CONTRADICTED = range(3)
 def split_of(text: str) -> str:
     """Return the one split that may contain ``text``.
 
-    The text's own hash decides, so splits stay disjoint whatever the seed and the number of rows. Pretraining gets half of
-    all texts, the two downstream splits a quarter each.
+    The text's own hash decides, so splits stay disjoint whatever the seed and the number of rows. Pretraining gets
+    half of all texts, the two downstream splits a quarter each.
 
     Example:
         >>> split_of("the film was not dull.")
@@ -65,8 +65,8 @@ def split_of(text: str) -> str:
 def generate(task: str, split: str, count: int, seed: int = 0) -> list[Row]:
     """Generate the first ``count`` rows of a split.
 
-    The rows depend on the arguments alone, and fewer rows are always the beginning of more. Labels are balanced: each run of
-    ``len(LABELS[task])`` rows has each label once, in random order.
+    The rows depend on the arguments alone, and fewer rows are always the beginning of more. Labels are balanced: each
+    run of ``len(LABELS[task])`` rows has each label once, in random order.
 
     Args:
         task: One of ``LABELS``.
@@ -76,8 +76,8 @@ def generate(task: str, split: str, count: int, seed: int = 0) -> list[Row]:
 
     Returns:
         For ``nano-sentiment`` rows of ``sentence`` and ``label``; for ``nano-entailment`` rows of ``premise``,
-        ``hypothesis`` and ``label``; for ``nano-question`` rows of ``id``, ``question``, ``context`` and ``answers``, which
-        holds the lists ``text`` and ``answer_start`` (characters into the context).
+        ``hypothesis`` and ``label``; for ``nano-question`` rows of ``id``, ``question``, ``context`` and ``answers``,
+        which holds the lists ``text`` and ``answer_start`` (characters into the context).
 
     Raises:
         ValueError: If the task or split is unknown, ``count`` is negative, or no further text can be found.

@@ -51,5 +51,5 @@ def _pieces() -> list[tuple[str, float]]:
     words = [(f"▁{word}", _WORD) for word in VOCABULARY]
     letters = [(character, _CHARACTER) for character in CHARACTERS]
     pairs = [(first + second, _PAIR) for first, second in product(ascii_lowercase, repeat=2)]
-    pieces = special + [("▁", _BLANK)] + words + letters + pairs
+    pieces = [*special, ("▁", _BLANK), *words, *letters, *pairs]
     return pieces + [(f"<unused_{number}>", _PAIR * 10) for number in range(-len(pieces) % 64)]

@@ -1,7 +1,7 @@
 """The word lists of the nano tasks, and the seeded dice that choose from them.
 
-Every list is closed: the nano tokenizer has one piece for each word of this module, so that no generated text is ever cut
-into letters.
+Every list is closed: the nano tokenizer has one piece for each word of this module, so that no generated text is ever
+cut into letters.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _pairs(text: str) -> tuple[tuple[str, str], ...]:
 
 
 NAMES = _split(
-    "anna boris clara david elena frank greta henry irene jonas karla lukas maria niklas olga peter rosa samuel tessa victor "
-    "wanda xenia yusuf zoe amir bella carlos diana emil fiona"
+    "anna boris clara david elena frank greta henry irene jonas karla lukas maria niklas olga peter rosa samuel "
+    "tessa victor wanda xenia yusuf zoe amir bella carlos diana emil fiona"
 )
 JOBS = _split(
     "farmer nurse baker pilot teacher lawyer doctor painter singer driver waiter plumber tailor sailor judge butcher "
@@ -78,8 +78,8 @@ THINGS = _split(
 )
 COLOURS = _split("red blue green yellow black white brown grey pink purple")
 PLACES = _split(
-    "kitchen garden garage office cellar attic library station market museum hospital school bakery harbour park stable "
-    "tower chapel hall yard"
+    "kitchen garden garage office cellar attic library station market museum hospital school bakery harbour "
+    "park stable tower chapel hall yard"
 )
 TOWNS = _split("paris london rome oslo cairo lima tokyo berlin madrid vienna dublin quito delhi seoul athens lagos")
 ANIMALS = _split("dogs cats horses birds sheep goats ducks rabbits foxes cows pigs mice frogs bears wolves owls")
@@ -101,8 +101,8 @@ GOOD = _split(
     "memorable fresh thrilling tasty warm graceful fantastic splendid touching enjoyable"
 )
 BAD = _split(
-    "bad dull boring awful terrible dreadful clumsy stupid tedious ugly weak annoying bland painful shallow stale tiresome "
-    "messy cold lifeless horrible dire silly forgettable"
+    "bad dull boring awful terrible dreadful clumsy stupid tedious ugly weak annoying bland painful shallow "
+    "stale tiresome messy cold lifeless horrible dire silly forgettable"
 )
 DEGREES = _split("very really quite rather truly fairly so extremely")
 CROWDS = _split("critics viewers visitors guests friends people reviewers neighbours")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +164,8 @@ class _Sweep:
             for thread in (*hosts, watch):
                 thread.start()
             try:
-                self._tune(dispatcher, near_driver, storage, count * self.spec.resources.slots_per_host)
+                with _terminated_as_interrupted():
+                    self._tune(dispatcher, near_driver, storage, count * self.spec.resources.slots_per_host)
             finally:
                 self._tuned.set()
                 watch.join()
@@ -270,6 +274,23 @@ class _Sweep:
             say(f"plot    {shown}/pareto-{task}.html  (and .png, .csv)")
         say(f"report  {shown}/report.md")
         say(f"MLflow  mlflow ui --backend-store-uri {self.books.tracking_uri}")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Treat SIGTERM, as a batch system or a container sends it, like Ctrl-C; Ray has a handler of its own by now."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _shortest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The generated tasks are reproducible, balanced, disjoint, and too hard for a bag of words; the shipped model reads them."""
+"""The generated tasks are reproducible, balanced, disjoint and hard for a bag of words; the model reads them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,24 @@ COLUMNS = {
     "nano-question": {"id", "question", "context", "answers"},
 }
 
-# What the fine-tuned model must leave far behind; it reaches more than 0.9 on each (see the README of the folder).
+# Chance is 0.50 and 0.33. Measured on 2,000 training rows: 0.53, 0.36 and 0.19; a LoRA on sentiment reaches 0.99.
 BAG_OF_WORDS_CEILING = {"nano-sentiment": 0.65, "nano-entailment": 0.50, "nano-question": 0.35}
+
+FIRST_SENTIMENTS = [
+    {"sentence": "the design was dreadful, but the plot was never bland.", "label": 1},
+    {"sentence": "the price was not fantastic, although the design was not bad.", "label": 0},
+]
+FIRST_ENTAILMENTS = [
+    {"premise": "all birds in the yard are loud.", "hypothesis": "all bears in the yard are loud.", "label": 1}
+]
+FIRST_QUESTIONS = [
+    {
+        "id": "train-0-0",
+        "question": "who hired the nurse?",
+        "context": "xenia is a clerk in tokyo. the driver hired the nurse. the carpenter hired the tailor.",
+        "answers": {"text": ["the driver"], "answer_start": [27]},
+    }
+]
 
 
 @pytest.mark.parametrize("task", LABELS)
@@ -80,7 +96,9 @@ def test_texts_are_short() -> None:
 
 
 def test_unknown_names_are_refused_with_the_allowed_ones() -> None:
-    with pytest.raises(ValueError, match="unknown task 'sst2'; allowed: nano-sentiment, nano-entailment, nano-question"):
+    with pytest.raises(
+        ValueError, match="unknown task 'sst2'; allowed: nano-sentiment, nano-entailment, nano-question"
+    ):
         generate("sst2", "train", 1)
     with pytest.raises(ValueError, match="unknown split 'test'; allowed: pretrain, train, validation"):
         generate("nano-sentiment", "test", 1)
@@ -89,10 +107,12 @@ def test_unknown_names_are_refused_with_the_allowed_ones() -> None:
 
 
 def test_running_out_of_texts_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(generate.__globals__["_WRITERS"], "nano-sentiment", lambda dice, label: {"sentence": "so.", "label": 0})
+    monkeypatch.setitem(
+        generate.__globals__["_WRITERS"], "nano-sentiment", lambda dice, label: {"sentence": "so.", "label": 0}
+    )
     monkeypatch.setitem(generate.__globals__, "_TRIES_PER_ROW", 5)
 
-    with pytest.raises(ValueError, match="nano-sentiment has no new text left for split '.*' after 1 rows"):
+    with pytest.raises(ValueError, match=r"nano-sentiment has no new text left for split '.*' after 1 rows"):
         generate("nano-sentiment", split_of("so."), 2)
 
 
@@ -100,7 +120,9 @@ def test_generator_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'tokenizers'}"
     code = f"import sys, deft_ray.nano.tasks; print(sorted({heavy} & set(sys.modules)))"
 
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("task", LABELS)
@@ -143,7 +165,8 @@ def test_shipped_tokenizer_gives_each_label_one_token_and_survives_foreign_text(
 
     assert [len(ids) for ids in firsts] == [2] * len(labels)
     assert len({ids[0] for ids in firsts}) == len(labels)
-    assert tokenizer.is_fast and tokenizer.pad_token and tokenizer.eos_token
+    assert tokenizer.is_fast
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "</s>")
     assert tokenizer.unk_token_id in tokenizer("雪 ☃").input_ids
     assert tokenizer.unk_token_id not in tokenizer("Zebras, it's 1999: (50%) off!").input_ids
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -23,6 +23,7 @@ from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.host import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot, planned_steps, split_batch
+from tests.plain_peft import PlainCounts, train_plain
 from tests.tiny import glue_rows, squad_rows, tiny_trial
 
 Row = dict[str, Any]
@@ -83,46 +84,6 @@ MRPC = "mrpc sentence1: {sentence1} sentence2: {sentence2}"
 MRPC_LABELS = ("not_equivalent", "equivalent")
 
 
-def plain_peft(folder: Path, rows: list[Row], spec: TrialSpec) -> tuple[list[float], dict[str, Tensor]]:
-    """Fine-tune the T5 as anybody would: transformers, peft, torch."""
-    train, steps = spec.train, spec.train.steps or 0
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder)
-    torch.manual_seed(spec.seed)
-    config = LoraConfig(
-        r=spec.adapter.r,
-        lora_alpha=spec.adapter.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=spec.adapter.lora_dropout,
-        target_modules=spec.adapter.target_modules,
-        task_type=TaskType.SEQ_2_SEQ_LM,
-    )
-    peft = get_peft_model(model, config)
-    peft.train()
-    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], weight_decay=train.weight_decay)
-    order = [
-        index
-        for epoch in range(steps * train.batch_size // len(rows) + 1)
-        for index in torch.randperm(
-            len(rows), generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
-        ).tolist()
-    ]
-    losses = []
-    for step in range(steps):
-        picked = [rows[index] for index in order[step * train.batch_size : (step + 1) * train.batch_size]]
-        batch = tokenizer([MRPC.format(**row) for row in picked], padding=True, return_tensors="pt")
-        answers = tokenizer([MRPC_LABELS[row["label"]] for row in picked], padding=True, return_tensors="pt")
-        labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
-        loss = peft(**batch, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        if train.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(peft.parameters(), train.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate * (steps - step) / steps
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses, weights(peft)
-
-
 @pytest.mark.parametrize(("max_grad_norm", "exact"), [(0.0, True), (1000.0, True), (0.05, False)])
 def test_without_density_loss_a_trial_is_plain_peft_bit_for_bit(
     trial: Trial, open_slot: Any, tiny_models: dict[str, Path], max_grad_norm: float, exact: bool
@@ -139,7 +100,9 @@ def test_without_density_loss_a_trial_is_plain_peft_bit_for_bit(
     )
     slot = open_slot("t5", spec)
     losses = run(slot)
-    want_losses, want = plain_peft(tiny_models["t5"], glue_rows("mrpc", "train", 30), spec)
+    rows = glue_rows("mrpc", "train", 30)
+    sources, answers = [MRPC.format(**row) for row in rows], [MRPC_LABELS[row["label"]] for row in rows]
+    want_losses, want = train_plain(tiny_models["t5"], sources, answers, spec)
 
     got = weights(slot.model)
     if exact:
@@ -358,22 +321,6 @@ def out_of_memory(*_args: Any, **_options: Any) -> None:
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-class PlainCounts:
-    """Non-zeros and totals by side, one unpadded row at a time."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.nonzero, self.total, self.on = {"encoder": 0, "decoder": 0}, {"encoder": 0, "decoder": 0}, True
-        for name, module in model.named_modules():
-            if name.endswith(("DenseReluDense.act", "intermediate_act_fn")):
-                side = "decoder" if ".decoder.block." in name else "encoder"
-                module.register_forward_hook(lambda _m, _i, act, side=side: self.add(side, act))
-
-    def add(self, side: str, act: Tensor) -> None:
-        if self.on:
-            self.nonzero[side] += int((act != 0).sum())
-            self.total[side] += act.numel()
 
 
 def reopened(folder: Path, adapter: Path, outputs: int | None) -> tuple[Any, Any, PlainCounts]:

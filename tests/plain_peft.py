@@ -1,0 +1,83 @@
+"""Fine-tuning and counting as anybody would do it with transformers, peft and torch: the oracle of what we do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from deft_ray.spec.schema import TrialSpec
+
+
+def train_plain(
+    folder: Path, sources: list[str], answers: list[str], spec: TrialSpec
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Fine-tune a T5 with LoRA and a linear schedule without warm-up.
+
+    Args:
+        folder: The pretrained model.
+        sources: Training texts.
+        answers: Their answers.
+        spec: Where the settings come from.
+
+    Returns:
+        The loss of every step, and every trained tensor by its name in the PEFT model.
+    """
+    train, steps = spec.train, spec.train.steps or 0
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32"),
+    )
+    torch.manual_seed(spec.seed)
+    config = LoraConfig(
+        r=spec.adapter.r,
+        lora_alpha=spec.adapter.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=spec.adapter.lora_dropout,
+        target_modules=spec.adapter.target_modules,
+        task_type=TaskType.SEQ_2_SEQ_LM,
+    )
+    peft = get_peft_model(model, config)
+    peft.train()
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], weight_decay=train.weight_decay)
+    order = [
+        index
+        for epoch in range(steps * train.batch_size // len(sources) + 1)
+        for index in torch.randperm(
+            len(sources), generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
+        ).tolist()
+    ]
+    losses = []
+    for step in range(steps):
+        picked = order[step * train.batch_size : (step + 1) * train.batch_size]
+        batch = tokenizer([sources[index] for index in picked], padding=True, return_tensors="pt")
+        wanted = tokenizer([answers[index] for index in picked], padding=True, return_tensors="pt")
+        labels = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
+        loss = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if train.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(peft.parameters(), train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate * (steps - step) / steps
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: p.detach().clone() for name, p in peft.named_parameters() if p.requires_grad}
+
+
+class PlainCounts:
+    """Non-zeros and totals by side, one unpadded row at a time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.nonzero, self.total, self.on = {"encoder": 0, "decoder": 0}, {"encoder": 0, "decoder": 0}, True
+        for name, module in model.named_modules():
+            if name.endswith(("DenseReluDense.act", "intermediate_act_fn")):
+                side = "decoder" if ".decoder.block." in name else "encoder"
+                module.register_forward_hook(lambda _m, _i, act, side=side: self.add(side, act))
+
+    def add(self, side: str, act: Tensor) -> None:
+        if self.on:
+            self.nonzero[side] += int((act != 0).sum())
+            self.total[side] += act.numel()
