@@ -61,9 +61,8 @@ def _require_targets(base: Base, target_modules: list[str]) -> None:
     names = [name for name, _ in base.model.named_modules()]
     lost = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in names)]
     if lost:
-        raise ValueError(
-            f"adapter.target_modules: no module is named {', '.join(lost)}; linear layers here: {', '.join(sorted(linear))}"
-        )
+        there = ", ".join(sorted(linear))
+        raise ValueError(f"adapter.target_modules: no module is named {', '.join(lost)}; linear layers here: {there}")
 
 
 def detach_adapter(model: PeftModel) -> None:

@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,28 +45,28 @@ def build_model(vocabulary: int, seed: int) -> T5ForConditionalGeneration:
         seed: Seed of the first weights.
     """
     torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=128,
-        d_kv=32,
-        num_heads=8,
-        d_ff=384,
-        num_layers=4,
-        num_decoder_layers=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = T5ForConditionalGeneration(config)
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "d_model": 128,
+        "d_kv": 32,
+        "num_heads": 8,
+        "d_ff": 384,
+        "num_layers": 4,
+        "num_decoder_layers": 2,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    model = T5ForConditionalGeneration(T5Config(**settings))
     _prepare_attention(model)
     return model
 
 
 @torch.no_grad()
-def _prepare_attention(model: T5ForConditionalGeneration) -> None:
+def _prepare_attention(model: Any) -> None:
     """Start attention from what every skill here needs, which a few thousand steps would hardly find by themselves.
 
     Half of the heads look for the same word elsewhere (query and key weights start equal), four of the others at a
@@ -87,7 +88,7 @@ def _prepare_attention(model: T5ForConditionalGeneration) -> None:
     model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[1, 0] = NEIGHBOUR_BIAS
 
 
-def _look_for_same_word(attention: torch.nn.Module) -> None:
+def _look_for_same_word(attention: Any) -> None:
     half = attention.q.weight.shape[0] // 2
     attention.k.weight[half:].normal_(std=0.045)
     attention.q.weight[half:] = attention.k.weight[half:]
@@ -219,7 +220,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> dict
 
 def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model in bfloat16, half the size, and its tokenizer to a folder for ``from_pretrained``."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

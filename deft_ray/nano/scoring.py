@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def target_of(task: str, row: Row) -> str:
 
 
 @torch.no_grad()
-def model_score(model, tokenizer, task: str, rows: list[Row], batch_size: int = 250) -> float:
+def model_score(model: Any, tokenizer: Any, task: str, rows: list[Row], batch_size: int = 250) -> float:
     """Accuracy of the likeliest label word, or exact match of the greedily generated answer.
 
     Args:
@@ -52,14 +53,14 @@ def model_score(model, tokenizer, task: str, rows: list[Row], batch_size: int = 
     return right / len(rows)
 
 
-def _right_labels(model, tokenizer, task: str, rows: list[Row], inputs) -> int:
+def _right_labels(model: Any, tokenizer: Any, task: str, rows: list[Row], inputs: Any) -> int:
     words = [tokenizer(word).input_ids[0] for word in LABELS[task]]
     start = torch.full((len(rows), 1), model.config.decoder_start_token_id)
     logits = model(**inputs, decoder_input_ids=start).logits[:, 0, words]
     return int((logits.argmax(-1) == torch.tensor([row["label"] for row in rows])).sum())
 
 
-def _right_answers(model, tokenizer, rows: list[Row], inputs) -> int:
+def _right_answers(model: Any, tokenizer: Any, rows: list[Row], inputs: Any) -> int:
     answers = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=8), skip_special_tokens=True)
     return sum(answer.strip() in row["answers"]["text"] for answer, row in zip(answers, rows, strict=True))
 

@@ -3,9 +3,9 @@
 Every skill has many easy examples (plain statements, one fact to search) beside the hard ones (denials, two facts):
 when two words decide together and neither tells anything alone, a small model finds no way in.
 
-The skills are relatives of the nano tasks, never the tasks themselves: other prompts, other answer words, other
-templates. All sentences belong to the "pretrain" split, so nothing here occurs in the rows that the product trains or
-scores on.
+The skills are relatives of the nano tasks, never the tasks themselves: other prompts, other answer words, and mostly
+other sentence patterns. All sentences belong to the "pretrain" split, so no sentence here occurs in the rows that the
+product trains or scores on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every spec in search_spaces/ runs to the end, with a tiny model of its family and made-up rows in place of the real."""
+"""Every shipped spec runs to the end, with a tiny model of its family and made-up rows in place of the real ones."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_the_finished_adapter_is_stored_and_the_checkpoints_are_gone(trial: Tria
 @pytest.mark.parametrize(
     ("leaves", "error"),
     [
-        ({"adapter__target_modules": ["query"]}, "Error: Target modules"),
+        ({"adapter__target_modules": ["query"]}, "ValueError: adapter.target_modules: no module is named query"),
         ({"data__dir": "/nowhere"}, "SetupError: /nowhere/glue/mrpc/train.parquet: no such file"),
     ],
 )
