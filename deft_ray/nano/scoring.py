@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from deft_ray.nano.tasks import LABELS, Row, texts_of
+from deft_ray.spec.catalog import TASKS
 
 
 def prompt_of(task: str, row: Row) -> str:
     """Return the input text of a row."""
-    if task == "nano-sentiment":
-        return f"nano sentiment sentence: {row['sentence']}"
-    if task == "nano-entailment":
-        return f"nano entailment premise: {row['premise']} hypothesis: {row['hypothesis']}"
-    return f"question: {row['question']} context: {row['context']}"
+    return TASKS[task].prompt.format(**row)
 
 
 def target_of(task: str, row: Row) -> str:

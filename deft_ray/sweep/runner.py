@@ -195,11 +195,21 @@ class _Sweep:
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
+        self._hush_raylet(ray)
         try:
             ray.init(address=self.address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"--address {self.address}" if self.address else "a local Ray"
             raise SetupError(f"{where}: Ray cannot be reached or started: {error}") from error
+
+    def _hush_raylet(self, ray: Any) -> None:
+        """Send the raylet's advice to the log: ``log_to_driver`` does not cover it, and no other setting does."""
+
+        def to_log(data: dict[str, Any], **_options: Any) -> None:
+            _log.info("raylet: %s", " ".join(map(str, data.get("lines", ()))))
+
+        if hasattr(ray._private.worker, "print_to_stdstream"):
+            ray._private.worker.print_to_stdstream = to_log
 
     def _probe_storage(self, storage: str) -> None:
         from deft_ray.train.storage import probe_storage
