@@ -34,6 +34,7 @@ real-data: $(INSTALLED)
 	$(BIN)/python -m pytest tests/real_data
 
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/command.py
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/orchestration.py
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from store import store, summary
 
-ROUNDS = 2
+ROUNDS = 1
 
 
 def run(spec: str, output: Path) -> dict[str, float]:
@@ -39,7 +39,7 @@ def run(spec: str, output: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the sweep a few times and store the ratio."""
+    """Run the sweep and store the ratio."""
     spec = sys.argv[1] if len(sys.argv) > 1 else "search_spaces/quickstart.yaml"
     runs = []
     for _ in range(ROUNDS):
