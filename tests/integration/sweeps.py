@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 
 
 def command(spec: Path, output: Path, *arguments: str) -> list[str]:

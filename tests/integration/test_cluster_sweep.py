@@ -41,7 +41,7 @@ def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
             seen = len(records(output))
             wait_until(lambda: len(records(output)) >= seen + 2, process)
             cluster.add_node(num_cpus=1)
-            text, _ = process.communicate(timeout=300)
+            text, _ = process.communicate(timeout=900)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
