@@ -125,10 +125,10 @@ def serve(config: dict[str, Any]) -> None:
             revision=model.revision,
             device=ray.train.torch.get_device() if settings.gpus else torch.device("cpu"),
         )
-    except (OSError, ValueError) as error:
-        # No restart helps against a model that is not to be had: end in peace, and say why.
+    except Exception as error:  # a border: whatever transformers raises, no restart helps; end in peace, and say why
         if rank == 0:
-            ray.get(dispatcher.host_ended.remote(host, f"model.name: {error}"))
+            cause = f"model.name: {model.name} cannot be loaded: {type(error).__name__}: {error}"
+            ray.get(dispatcher.host_ended.remote(host, cause))
         return
     ranks = Ranks(rank, context.get_world_size(), base.model.device)
     Host(base, ranks, DispatcherInbox(dispatcher, host), settings.checkpoints, host).serve()
