@@ -46,7 +46,7 @@ def undisturbed(spec: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
 )
 def test_killed_and_resumed_equals_undisturbed(
     spec: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
