@@ -45,9 +45,7 @@ def undisturbed(spec: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_killed_and_resumed_equals_undisturbed(
     spec: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
