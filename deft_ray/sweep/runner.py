@@ -8,7 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a host's thread that outlives Ray must not start another
 }
+
+#: Also, where Ray starts for this sweep alone: nobody takes its node away with a warning.
+_OWN_RAY = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 _HEAD = "node:__internal_head__"
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -105,7 +110,7 @@ def run_sweep(spec: SweepSpec, output: Path, *, resume: bool = False, address: s
     plan = build_plan(spec, str(output), machine)
     if not resume:
         run_dir.create(spec, plan)
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | ({} if address else _OWN_RAY)).items():
         os.environ.setdefault(name, value)
     return _Sweep(spec, run_dir, plan, address).run()
 
@@ -148,10 +153,13 @@ class _Sweep:
     def _run_trials(self) -> None:
         import ray
 
+        with ThreadPoolExecutor(1) as pool:  # Ray's processes take as long to start as Train and Tune to load
+            loaded = pool.submit(lambda: [import_module(f"deft_ray.sweep.{room}") for room in ("hosts", "tuning")])
+            self._start_ray(ray)
+            loaded.result()
         from deft_ray.sweep.dispatcher import start_dispatcher
         from deft_ray.sweep.hosts import HostThread, storage_path
 
-        self._start_ray(ray)
         hosts: list[HostThread] = []
         try:
             near_driver = {_HEAD: 0.001} if _HEAD in ray.cluster_resources() else {}
@@ -233,6 +241,7 @@ class _Sweep:
             workers=resources.workers_per_host,
             cpus=resources.cpus_per_worker,
             gpus=gpus_per_worker(self.spec, machine.gpus),
+            shared_ray=self.address is not None,
         )
         return settings, count_hosts(self.spec, machine)
 
@@ -255,6 +264,7 @@ class _Sweep:
             tune_config=tune.TuneConfig(
                 search_alg=ScheduleSearcher(self._next_trial),
                 num_samples=-1,
+                reuse_actors=True,
                 max_concurrent_trials=self.spec.search.max_concurrent or slots + 1,
             ),
             run_config=tune.RunConfig(

@@ -1,4 +1,4 @@
-"""Scores of a whole validation set, by torchmetrics."""
+"""Scores of a whole validation set, by torchmetrics: loaded when first needed, as it costs more than a second."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef
-from torchmetrics.functional.text import squad
 
 
 def score_labels(metrics: Sequence[str], predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
@@ -29,16 +26,22 @@ def score_labels(metrics: Sequence[str], predictions: Sequence[float], labels: S
     for metric in metrics:
         if metric == "accuracy":
             scores[metric] = int((predicted == true).sum()) / len(predicted)
-        elif metric == "f1":
-            scores[metric] = float(binary_f1_score(predicted.long(), true.long()))
-        elif constant:
+        elif constant and metric != "f1":
             scores[metric] = 0.0
-        elif metric == "matthews":
-            scores[metric] = float(binary_matthews_corrcoef(predicted.long(), true.long()))
         else:
-            correlation = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}[metric]
-            scores[metric] = float(correlation(predicted, true))
+            scores[metric] = _library_score(metric, predicted, true)
     return {metric: value if math.isfinite(value) else 0.0 for metric, value in scores.items()}
+
+
+def _library_score(metric: str, predicted: torch.Tensor, true: torch.Tensor) -> float:
+    from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+    from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef
+
+    if metric == "f1":
+        return float(binary_f1_score(predicted.long(), true.long()))
+    if metric == "matthews":
+        return float(binary_matthews_corrcoef(predicted.long(), true.long()))
+    return float({"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}[metric](predicted, true))
 
 
 def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -51,6 +54,8 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
     Returns:
         ``f1`` and ``exact_match``, fractions.
     """
+    from torchmetrics.functional.text import squad
+
     found: list[Any] = [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)]
     wanted: list[Any] = [
         {"answers": {"text": list(gold), "answer_start": [0] * len(gold)}, "id": str(index)}

@@ -7,6 +7,7 @@ broadcasts nor casts nor saves it, so an engine costs what the adapter costs.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -63,10 +64,7 @@ def build_engine(
         max_grad_norm: Clip the gradient's global norm to this; 0 for never. DeepSpeed's silent default is 1.
         zero_stage: 0, 1 or 2.
     """
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
+    deepspeed = _deepspeed()
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
     config = {
         "train_batch_size": batch_size,
@@ -79,6 +77,29 @@ def build_engine(
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed without what training has no use for.
+
+    Its autotuner loads MLflow if it can: a second or two in every worker. Its communication layer compiles
+    shared-memory collectives, for inference only, where its table of operators allows it: a compiler and a minute.
+    """
+    if "deepspeed" not in sys.modules:
+        mlflow = sys.modules.get("mlflow")
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python's own way to say: not to be had
+        try:
+            import deepspeed
+        finally:
+            del sys.modules["mlflow"]
+            if mlflow is not None:
+                sys.modules["mlflow"] = mlflow
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -45,17 +46,18 @@ def undisturbed(spec: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_killed_and_resumed_equals_undisturbed(
-    spec: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    output = tmp_path / "run"
-    process = start(spec, output)
-    wait_until(lambda: len(records(output)) >= 3 and _mid_trial(output), process)
-    returned, text = stop(process, number)
-    assert returned == code, text
-    before = records(output)
-    assert 3 <= len(before) < 8
+def test_stopped_again_and_again_and_resumed_equals_undisturbed(spec: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output, before = tmp_path / "run", list[dict[str, Any]]()
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)):
+        process = start(spec, output, *(["--resume"] if before else []))
+        known = len(before)
+        wait_until(lambda known=known: len(records(output)) > known and _mid_trial(output), process)
+        returned, text = stop(process, number)
+        assert returned == code, text
+        now = records(output)
+        assert now[:known] == before
+        assert known < len(now) < 8
+        before = now
 
     again = sweep(spec, output, "--resume")
 
