@@ -43,6 +43,8 @@ class RunDir:
                 f"{self.path}: holds the sweep '{self._plan()['name']}' already; "
                 "continue it with --resume, or give another folder with --output"
             )
+        if self._is_half_made():
+            return
         if os.path.lexists(self.path) and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SetupError(f"{self.path}: is not an empty folder; give another one with --output")
 
@@ -52,6 +54,8 @@ class RunDir:
         Raises:
             SetupError: If there is none, or with every leaf that differs.
         """
+        if self._is_half_made():
+            return
         if not self.plan.is_file() or not self.spec.is_file():
             raise SetupError(f"{self.path}: holds no sweep to continue; start one without --resume")
         self._plan()
@@ -65,7 +69,7 @@ class RunDir:
             raise SetupError("\n".join(faults))
 
     def create(self, spec: SweepSpec, plan: Plan) -> None:
-        """Write ``spec.yaml`` and ``plan.json``; the latter, written last, makes this a sweep.
+        """Write ``spec.yaml`` and ``plan.json``; the latter, put in its place last, makes this a sweep.
 
         Raises:
             SetupError: If the folder cannot be made.
@@ -74,9 +78,22 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SetupError(f"{self.path}: cannot be made: {error}; give another folder with --output") from error
-        self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
         content = {"sweep_id": f"{spec.name}-{uuid.uuid4().hex[:8]}", **plan.to_json()}
-        self._write(self.plan, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        aside = _aside(self.plan)
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
+        os.replace(aside, self.plan)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a sweep here; not if it was killed while it made this folder."""
+        return self.plan.is_file()
+
+    def _is_half_made(self) -> bool:
+        """Tell whether :meth:`create`, and nobody else, has written here and has not come to its end."""
+        mark = _aside(self.plan)
+        known = {mark, _aside(self.spec), self.spec}
+        return mark.is_file() and known.issuperset(self.path.iterdir())
 
     @property
     def sweep_id(self) -> str:
@@ -116,9 +133,13 @@ class RunDir:
 
     @staticmethod
     def _write(file: Path, text: str) -> None:
-        aside = file.with_name(f".{file.name}.new")
+        aside = _aside(file)
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, file)
+
+
+def _aside(file: Path) -> Path:
+    return file.with_name(f".{file.name}.new")
 
 
 def _plain(spec: SweepSpec) -> Any:

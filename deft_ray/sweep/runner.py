@@ -108,7 +108,7 @@ def run_sweep(spec: SweepSpec, output: Path, *, resume: bool = False, address: s
     preflight(spec, run_dir, resume)
     machine = this_machine()
     plan = build_plan(spec, str(output), machine)
-    if not resume:
+    if not run_dir.begun:
         run_dir.create(spec, plan)
     for name, value in (_ENVIRONMENT | ({} if address else _OWN_RAY)).items():
         os.environ.setdefault(name, value)

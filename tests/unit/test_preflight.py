@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,45 @@ def test_there_must_be_a_sweep_to_continue(
     if present is not None and present != "out":
         (tmp_path / present).write_text("{}")
     assert faults_of(spec_of(), resume=True) == ["out: holds no sweep to continue; start one without --resume"]
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_sweep_killed_while_it_made_its_folder_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool, writes: int
+) -> None:
+    left = writes
+
+    def or_die(real: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise SystemExit
+            return real(*arguments, **options)
+
+        return act
+
+    plan = build_plan(spec_of(), str(tmp_path / "out"), Machine(4, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", or_die(Path.write_text))
+        patch.setattr("os.replace", or_die(os.replace))
+        with pytest.raises(SystemExit):
+            RunDir(tmp_path / "out").create(spec_of(), plan)
+    run_dir = RunDir(tmp_path / "out")
+    assert not run_dir.begun
+    preflight(spec_of(), run_dir, resume)
+    run_dir.create(spec_of(), plan)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json", "spec.yaml"]
+
+
+def test_a_folder_with_a_file_of_somebody_else_is_not_half_made(
+    tmp_path: Path, faults_of: Callable[..., list[str]]
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name in (".plan.json.new", "notes.txt"):
+        (tmp_path / "out" / name).touch()
+    assert faults_of(spec_of()) == ["out: is not an empty folder; give another one with --output"]
 
 
 @pytest.mark.parametrize("content", ["[", "- a", ""])
