@@ -1,6 +1,1 @@
-"""The spec: what may stand in a YAML, what it means, and what is wrong with one."""
-
-import os
-
-# Pydantic looks through every installed package for plugins; a command that only shows a plan would wait for it.
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+"""What was asked: the YAML file, checked, and from there transformed into plans and trials."""

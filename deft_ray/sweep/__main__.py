@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # Pydantic would look through every installed package for plugins, and a plan or a fault would wait for it.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     from deft_ray.spec.loading import load_spec
     from deft_ray.spec.plan import build_plan, format_plan
     from deft_ray.spec.rules import this_machine
