@@ -37,6 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/command.py
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python benchmarks/orchestration.py search.trials=14
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
