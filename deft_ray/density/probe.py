@@ -24,26 +24,7 @@ from torch import Tensor, nn
 
 from deft_ray.density.approximations import Approximation
 from deft_ray.density.counts import DensityCounts
-
-SIDES = ("encoder", "decoder")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where MLP activations are seen.
-
-    Args:
-        name: ``encoder.0``: side and index of the block.
-        module: The activation module, whose output is (B, T, F).
-    """
-
-    name: str
-    module: nn.Module
-
-    @property
-    def side(self) -> str:
-        """``encoder`` or ``decoder``."""
-        return self.name.split(".", 1)[0]
+from deft_ray.density.sites import SIDES, Site
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from deft_ray.density.probe import Site
+from deft_ray.density.sites import Site
 from deft_ray.models.families import FAMILIES, Family, activation_name, find_sites
 from deft_ray.nano import MODEL_DIR
 from deft_ray.spec.catalog import NANO

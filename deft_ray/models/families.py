@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
-from deft_ray.density.probe import Site
+from deft_ray.density.sites import Site
 
 
 @dataclass(frozen=True)
@@ -21,43 +21,57 @@ class Family:
     Args:
         name: ``t5``, ``bert`` or ``roberta``.
         text_to_text: True for encoder-decoder models that answer in words.
-        activations: Pattern of the activation modules' names; groups ``side`` (optional) and ``index``.
+        blocks: Pattern of the names of the modules that hold an MLP; groups ``side`` (optional) and ``index``.
+        activation: Name of the activation module within such a block.
+        output: Name of the MLP's last linear layer within such a block.
     """
 
     name: str
     text_to_text: bool
-    activations: str
+    blocks: str
+    activation: str
+    output: str
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("t5", True, r"(?P<side>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\.DenseReluDense\.act"),
-        Family("bert", False, r"bert\.encoder\.layer\.(?P<index>\d+)\.intermediate\.intermediate_act_fn"),
-        Family("roberta", False, r"roberta\.encoder\.layer\.(?P<index>\d+)\.intermediate\.intermediate_act_fn"),
+        Family(
+            "t5", True, r"(?P<side>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\.DenseReluDense", "act", "wo"
+        ),
+        Family(
+            "bert", False, r"bert\.encoder\.layer\.(?P<index>\d+)", "intermediate.intermediate_act_fn", "output.dense"
+        ),
+        Family(
+            "roberta",
+            False,
+            r"roberta\.encoder\.layer\.(?P<index>\d+)",
+            "intermediate.intermediate_act_fn",
+            "output.dense",
+        ),
     )
 }
 
 
 def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
-    """List the activation modules of every MLP block, encoder first.
+    """List every MLP block, encoder first.
 
     Args:
         model: The base, without an adapter.
         family: Its family.
 
     Returns:
-        One site per MLP block; each module's output is (batch, tokens, d_ff), before any gate product.
+        One site per MLP block; each activation module's output is (batch, tokens, d_ff), before any gate product.
 
     Raises:
         ValueError: If fewer or more are found than the configuration has blocks.
     """
-    pattern = re.compile(family.activations)
+    pattern = re.compile(family.blocks)
     matches = [(pattern.fullmatch(name), module) for name, module in model.named_modules()]
     sites = [
-        Site(f"{match.groupdict().get('side') or 'encoder'}.{match['index']}", module)
+        Site(f"{match.groupdict().get('side') or 'encoder'}.{match['index']}", module, family.activation, family.output)
         for match, module in matches
-        if match is not None
+        if match is not None and _has(module, family.activation) and _has(module, family.output)
     ]
     blocks = _count_blocks(model)
     if len(sites) != blocks:
@@ -66,6 +80,10 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
             f"families known: {', '.join(FAMILIES)}"
         )
     return sorted(sites, key=lambda site: (site.side != "encoder", int(site.name.split(".")[1])))
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(name == other for other, _ in module.named_modules())
 
 
 def _count_blocks(model: PreTrainedModel) -> int:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deft_ray.density.approximations import Approximation
 from deft_ray.density.counts import TAUS, DensityCounts
-from deft_ray.density.probe import DensityProbe, Penalty, Site
+from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.density.sites import Site
 
 L0, TANH = Approximation("l0", 1e-2), Approximation("tanh", 2.0)
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,7 +51,7 @@ class TwoStacks(nn.Module):
     @property
     def sites(self) -> list[Site]:
         return [
-            Site(f"{side}.{index}", block.act)
+            Site(f"{side}.{index}", block, "act", "second")
             for side in ("encoder", "decoder")
             for index, block in enumerate(getattr(self, side))
         ]
