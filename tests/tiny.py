@@ -157,7 +157,7 @@ def tiny_trial(model: Path, family: str, data: Path | None, task: str, **leaves:
     """
     sections: dict[str, dict[str, Any]] = {
         "model": {"name": str(model), "family": family},
-        "data": {"tasks": [task], "dir": None if data is None else str(data)},
+        "data": {"tasks": [task], "dir": None if data is None else str(data), "grouping": "none"},
         "adapter": {"r": 4, "lora_alpha": 8.0},
         "deft": {"alpha": 0.0},
         "train": {"steps": 4, "batch_size": 6, "eval_batch_size": 5, "learning_rate": 0.01},

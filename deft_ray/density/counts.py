@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deft_ray.density.chunks import chunks
+
 #: Thresholds at which |a| > τ is counted beside the exact zeros.
 TAUS = (0.001, 0.01, 0.1)
 
@@ -19,20 +21,40 @@ _COLUMNS = 4 + len(TAUS)
 def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
     """Count one layer's activations.
 
+    Comparisons are written as float32 zeros and ones and summed per row, which is exact up to a d_ff of 2^24 and
+    several times faster than counting booleans.
+
     Args:
-        act_BTF: Activations after the non-linearity and before any gate product.
+        act_BTF: Activations after the non-linearity and before any gate product; rows may be flattened, (B T, d_ff).
         mask_BT: True (or 1) at real tokens.
 
     Returns:
-        int64 ``[non-zero, total, non-zero with padding, total with padding, |a| > τ for τ in TAUS]``.
+        int64 ``[non-zero, total, non-zero with padding, total with padding, |a| > τ for τ in TAUS]``, on ``act_BTF``'s
+        device.
+
+    Raises:
+        ValueError: If the mask has not as many tokens as there are rows of activations.
     """
-    mask = mask_BT.to(torch.int64)
-    nonzero_BT = torch.count_nonzero(act_BTF, dim=-1)
-    width = act_BTF.shape[-1]
-    row = [(nonzero_BT * mask).sum(), mask.sum() * width, nonzero_BT.sum(), torch.tensor(act_BTF.numel())]
-    magnitude_BTF = act_BTF.abs()
-    row += [((magnitude_BTF > tau).sum(dim=-1) * mask).sum() for tau in TAUS]
-    return torch.stack([value.to(act_BTF.device) for value in row])
+    act_NF = act_BTF.reshape(-1, act_BTF.shape[-1])
+    mask_N = mask_BT.reshape(-1).to(torch.float64)
+    require_rows(act_NF, mask_N)
+    padded, real = torch.zeros_like(mask_N[:1]), mask_N.new_zeros(1 + len(TAUS))
+    for part in chunks(act_NF):
+        act, mask = act_NF[part].float(), mask_N[part]
+        buffer = torch.empty_like(act)
+        nonzero = torch.ne(act, 0.0, out=buffer).sum(dim=-1).double()
+        magnitude = act.abs()
+        above = [torch.gt(magnitude, tau, out=buffer).sum(dim=-1).double() for tau in TAUS]
+        padded += nonzero.sum()
+        real += torch.stack([nonzero, *above]) @ mask
+    totals = torch.stack([mask_N.sum() * act_NF.shape[1], padded[0], mask_N.new_tensor(act_NF.numel())])
+    return torch.cat([real[:1], totals, real[1:]]).to(torch.int64)
+
+
+def require_rows(act_NF: Tensor, mask_N: Tensor) -> None:
+    """Refuse a mask that is not about these activations."""
+    if act_NF.shape[0] != mask_N.shape[0]:
+        raise ValueError(f"the mask has {mask_N.shape[0]} tokens, the activations have {act_NF.shape[0]}")
 
 
 @dataclass
@@ -48,9 +70,9 @@ class DensityCounts:
     rows: Tensor
 
     @classmethod
-    def empty(cls, names: list[str]) -> DensityCounts:
-        """Return zero counts for these layers."""
-        return cls(names, torch.zeros(len(names), _COLUMNS, dtype=torch.int64))
+    def empty(cls, names: list[str], device: torch.device | None = None) -> DensityCounts:
+        """Return zero counts for these layers, kept where the activations are."""
+        return cls(names, torch.zeros(len(names), _COLUMNS, dtype=torch.int64, device=device))
 
     def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor) -> None:
         """Add one layer's activations of one batch."""
@@ -75,5 +97,5 @@ class DensityCounts:
 
     def _ratio(self, above: int, below: int, side: str | None) -> float | None:
         keep = [side is None or name.startswith(f"{side}.") for name in self.names]
-        totals = self.rows[torch.tensor(keep, dtype=torch.bool)].sum(dim=0)
+        totals = self.rows[torch.tensor(keep, dtype=torch.bool, device=self.rows.device)].sum(dim=0)
         return int(totals[above]) / int(totals[below]) if totals[below] > 0 else None

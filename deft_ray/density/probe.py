@@ -1,29 +1,30 @@
-"""The probe: sits behind each MLP's activation module, counts zeros or adds the density loss's gradient.
+"""The probe: takes the place of every MLP's activation, silent unless told to count or to penalise.
 
 The density loss of a batch is, for each side (encoder, decoder) with weight α_side,
 
-.. math:: \\alpha_{side} \\frac{1}{L} \\sum_l \\frac{1}{N F} \\sum_{real tokens, f} s(a_{l,t,f})
+.. math:: \\alpha_{side} \\frac{1}{L} \\sum_l \\lambda_l \\frac{1}{N F} \\sum_{real tokens, f} s(a_{l,t,f})
 
-(Runwal et al., arXiv:2402.01911, Eq. 6 and 8, over real tokens; the authors' code counts padding too.) Its gradient
-has a closed form that needs only the activation, which the block keeps anyway. So no loss tensor is built: an identity
-function in the forward pass adds the gradient in the backward pass. This stays right under gradient checkpointing of
-both kinds, where a list of hooked activations loses its gradient or counts twice.
+(Runwal et al., arXiv:2402.01911, Eq. 6, 8 and 9, over real tokens; the authors' code counts padding too). λ is the
+layer scale of ADA-DEFT where there is one, and 1 elsewhere. How its gradient comes about:
+:mod:`deft_ray.density.activation`.
 
-Shape suffixes: B batch, T tokens, F d_ff.
+Shape suffixes: B batch, T tokens, F d_ff, N rows (B times T).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from deft_ray.density.activation import Injection, MlpActivation
 from deft_ray.density.approximations import Approximation
-from deft_ray.density.counts import DensityCounts
+from deft_ray.density.counts import DensityCounts, require_rows
+from deft_ray.density.scales import LayerScales
 from deft_ray.density.sites import SIDES, Site
 
 
@@ -34,7 +35,7 @@ class Penalty:
     Args:
         approximation: Smooth indicator.
         weights: Weight of the gradient by side: α, times what this pass is of a step over ranks and micro-batches.
-        masks: (B, T) by side, 1 at real tokens.
+        masks: (B, T) by side, 1 at the tokens that count.
         measure: Whether to compute the smooth density too, for reports.
     """
 
@@ -47,29 +48,51 @@ class Penalty:
         self._terms: dict[str, Tensor] = {}
 
     def density(self, side: str) -> float | None:
-        """Smooth density of one side, mean over layers; None unless measured."""
+        """Smooth density of one side, mean over layers, layer scales left out; None unless measured."""
         terms = [term for name, term in self._terms.items() if name.startswith(f"{side}.")]
         return float(torch.stack(terms).mean()) if terms else None
 
 
 class DensityProbe:
-    """Hooks on a model's activation modules, silent unless told to count or to penalise.
+    """Takes the place of a model's activation modules until it is removed.
 
     Args:
-        sites: Every MLP block's activation module.
+        sites: Every MLP block.
+        fused: Compute a GELU that is composed of several operators as the one that it equals to rounding, and a gated
+            block as one function that keeps two tensors; see :func:`~deft_ray.density.activation.formula_of`.
+        scales: Layer scales of ADA-DEFT, already on the model; None without.
+
+    Attributes:
+        names: Of the blocks.
+        activation: Class name of the activation function that is computed, as exact zeros depend on it.
     """
 
-    def __init__(self, sites: list[Site]) -> None:
+    def __init__(self, sites: list[Site], *, fused: bool = False, scales: LayerScales | None = None) -> None:
         self.names = [site.name for site in sites]
+        self._scales = scales
         self._layers = {side: sum(site.side == side for site in sites) for side in SIDES}
         self._counting: tuple[DensityCounts, Mapping[str, Tensor]] | None = None
         self._penalty: Penalty | None = None
-        self._handles = [site.module.register_forward_hook(self._hook(index, site)) for index, site in enumerate(sites)]
+        self._undo: list[Callable[[], None]] = []
+        self.activation = ""
+        for index, site in enumerate(sites):
+            self._install(index, site, fused)
+
+    def _install(self, index: int, site: Site, fused: bool) -> None:
+        stock = site.module
+        activation = MlpActivation(stock, fused=fused, observe=partial(self._observe, index, site)).train(
+            site.block.training
+        )
+        site.put(activation)
+        self.activation = activation.name
+        self._undo.append(partial(site.put, stock))
+        if fused and site.gate is not None and activation.formula is not None:
+            self._undo.append(_replace_forward(site.block, partial(site.gate, site.block, activation)))
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        """Give the model its own modules back."""
+        while self._undo:
+            self._undo.pop()()
 
     @contextmanager
     def counting(self, counts: DensityCounts, masks: Mapping[str, Tensor]) -> Iterator[None]:
@@ -89,43 +112,36 @@ class DensityProbe:
         finally:
             self._penalty = None
 
-    def _hook(self, index: int, site: Site) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, act: Tensor) -> Tensor | None:
-            if self._counting is not None:
-                counts, masks = self._counting
-                if site.side in masks:
-                    counts.add(index, act, masks[site.side])
-            if self._penalty is not None:
-                return self._penalise(site, act, self._penalty)
+    def _observe(self, index: int, site: Site, act: Tensor) -> Injection | None:
+        if self._counting is not None:
+            counts, masks = self._counting
+            if site.side in masks:
+                counts.add(index, act, masks[site.side])
+        return None if self._penalty is None else self._injection(site, act, self._penalty)
+
+    def _injection(self, site: Site, act: Tensor, penalty: Penalty) -> Injection | None:
+        weight = penalty.weights[site.side]
+        scaled = self._scales is not None and weight != 0.0
+        if weight == 0.0 and not penalty.measure:
             return None
-
-        return hook
-
-    def _penalise(self, site: Site, act_BTF: Tensor, penalty: Penalty) -> Tensor | None:
-        mask_BT = penalty.masks[site.side].to(torch.float32)
-        weight_BT = mask_BT / (mask_BT.sum() * act_BTF.shape[-1]).clamp(min=1.0)
-        if penalty.measure:
+        mask_N = penalty.masks[site.side].reshape(-1).to(torch.float32)
+        require_rows(act.reshape(-1, act.shape[-1]), mask_N)
+        mean_N = mask_N / (mask_N.sum() * act.shape[-1]).clamp(min=1.0)
+        if penalty.measure or scaled:
             with torch.no_grad():
-                value = (penalty.approximation.value(act_BTF) * weight_BT.unsqueeze(-1)).sum()
-            penalty._terms[site.name] = value
-        if penalty.weights[site.side] == 0.0 or not act_BTF.requires_grad:
+                value_N = penalty.approximation.value(act).reshape(mask_N.shape[0], -1).sum(dim=-1)
+                penalty._terms[site.name] = density = (value_N * mean_N).sum()
+        if weight == 0.0:
             return None
-        weight_BT = weight_BT * (penalty.weights[site.side] / self._layers[site.side])
-        out: Tensor = _AddDensityGradient.apply(act_BTF, weight_BT, penalty.approximation)
-        return out
+        weight /= self._layers[site.side]
+        if self._scales is not None:
+            self._scales.charge(site.name, weight * density)
+            return Injection(penalty.approximation, mean_N * weight * self._scales.value(site.name))
+        return Injection(penalty.approximation, mean_N * weight)
 
 
-class _AddDensityGradient(torch.autograd.Function):
-    """Identity whose backward adds ``weight x slope(act)`` to the incoming gradient, in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, act_BTF: Tensor, weight_BT: Tensor, approximation: Approximation) -> Tensor:
-        ctx.save_for_backward(act_BTF, weight_BT)
-        ctx.approximation = approximation
-        return act_BTF.view_as(act_BTF)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        act_BTF, weight_BT = ctx.saved_tensors
-        added = ctx.approximation.slope(act_BTF) * weight_BT.unsqueeze(-1)
-        return (grads[0] + added).to(grads[0].dtype), None, None
+def _replace_forward(block: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], None]:
+    """Give one module its own forward pass; return what takes it back."""
+    before = vars(block).get("forward")
+    block.forward = forward
+    return partial(delattr, block, "forward") if before is None else partial(setattr, block, "forward", before)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 SIDES = ("encoder", "decoder")
 
@@ -18,12 +20,15 @@ class Site:
         block: The module that holds the block's layers.
         activation: Name, within ``block``, of the activation module, whose output is (..., d_ff).
         output: Name, within ``block``, of the last linear layer of the MLP.
+        gate: Of a gated block: its forward pass, (block, activation module, hidden) to hidden, with
+            ``activation.gate(pre, linear)`` in it. None of any other.
     """
 
     name: str
     block: nn.Module
     activation: str
     output: str
+    gate: Callable[[nn.Module, Any, Tensor], Tensor] | None = None
 
     @property
     def side(self) -> str:
@@ -34,3 +39,8 @@ class Site:
     def module(self) -> nn.Module:
         """The activation module, as it is at this moment."""
         return self.block.get_submodule(self.activation)
+
+    def put(self, module: nn.Module) -> None:
+        """Put a module in the activation module's place."""
+        parent, _, name = self.activation.rpartition(".")
+        setattr(self.block.get_submodule(parent), name, module)

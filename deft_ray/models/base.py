@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from deft_ray.density.sites import Site
-from deft_ray.models.families import FAMILIES, Family, activation_name, find_sites
+from deft_ray.models.families import FAMILIES, Family, activation_name, find_sites, is_never_negative
 from deft_ray.nano import MODEL_DIR
 from deft_ray.spec.catalog import NANO
 
@@ -32,6 +32,7 @@ class Base:
         sites: Where its MLP activations are.
         dtype: Compute dtype by name, as it stands in records.
         activation: Activation module's class name, as it stands in records.
+        never_negative: Whether no activation can be below zero, as after ReLU.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Base:
     sites: list[Site]
     dtype: str
     activation: str
+    never_negative: bool
 
 
 def load_base(
@@ -92,7 +94,7 @@ def load_base(
     model.config.use_cache = False
     sites = find_sites(model, known)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return Base(model, tokenizer, known, sites, dtype, activation_name(sites))
+    return Base(model, tokenizer, known, sites, dtype, activation_name(sites), is_never_negative(sites))
 
 
 def _require_weights(info: dict[str, Any], name: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
+from deft_ray.density.activation import MlpActivation
 from deft_ray.density.sites import Site
 
 
@@ -69,7 +70,13 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
     pattern = re.compile(family.blocks)
     matches = [(pattern.fullmatch(name), module) for name, module in model.named_modules()]
     sites = [
-        Site(f"{match.groupdict().get('side') or 'encoder'}.{match['index']}", module, family.activation, family.output)
+        Site(
+            f"{match.groupdict().get('side') or 'encoder'}.{match['index']}",
+            module,
+            family.activation,
+            family.output,
+            gated_t5_forward if _has(module, "wi_1") else None,
+        )
         for match, module in matches
         if match is not None and _has(module, family.activation) and _has(module, family.output)
     ]
@@ -80,6 +87,14 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
             f"families known: {', '.join(FAMILIES)}"
         )
     return sorted(sites, key=lambda site: (site.side != "encoder", int(site.name.split(".")[1])))
+
+
+def gated_t5_forward(block: Any, activation: MlpActivation, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """Forward pass of ``T5DenseGatedActDense`` with the gate as one function."""
+    product_BTF = block.dropout(activation.gate(block.wi_0(hidden_BTD), block.wi_1(hidden_BTD)))
+    dtype = block.wo.weight.dtype
+    out_BTD: torch.Tensor = block.wo(product_BTF.to(dtype) if dtype.is_floating_point else product_BTF)
+    return out_BTD
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -123,3 +138,9 @@ def _to_float32(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[tor
 def activation_name(sites: list[Site]) -> str:
     """Name the activation function, as exact zeros depend on it: the class name of the activation module."""
     return type(sites[0].module).__name__
+
+
+def is_never_negative(sites: list[Site]) -> bool:
+    """Tell whether no activation can be below zero, from the function's values at a few points."""
+    points = torch.linspace(-6.0, 6.0, 97)
+    return all(bool((site.module(points) >= 0).all()) for site in sites)

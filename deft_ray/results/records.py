@@ -48,6 +48,8 @@ class Record:
         density_paper: The same with padding positions counted, as the authors' code does.
         density_at_tau: Share of activations with magnitude above tau, by tau.
         density_layers: Density of each layer, by layer name.
+        lambda_layers: ADA-DEFT's layer scale of each block, by layer name; empty without.
+        approximation: Approximation of the density loss that was used: l0, tanh, sigmoid or l1.
         config: The sampled and fixed settings, flat, dotted names.
         steps: Optimizer steps done.
         wall_s: From taking the trial to its last row.
@@ -81,6 +83,8 @@ class Record:
     density_paper: float | None = None
     density_at_tau: dict[str, float] = field(default_factory=dict, hash=False)
     density_layers: dict[str, float] = field(default_factory=dict, hash=False)
+    lambda_layers: dict[str, float] = field(default_factory=dict, hash=False)
+    approximation: str = ""
     steps: int = 0
     wall_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict, hash=False)

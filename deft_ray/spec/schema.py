@@ -13,6 +13,8 @@ from deft_ray.spec.domains import Domain, Scalar
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+#: Below 1e-9 hardly any activation is near enough to zero to feel the loss; above 1 all but the largest count as zero.
+Epsilon = Annotated[float, Field(ge=1e-9, le=1.0)]
 #: A worker's random state starts at seed x 1,000,003 + rank, which has to fit 64 bits.
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -32,6 +34,7 @@ class ModelSection(Section):
     quantization: Literal["none", "nf4"] = "none"
     double_quant: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
+    activation: Literal["stock", "fused"] = "stock"
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -51,6 +54,7 @@ class DataSection(Section):
     max_source_tokens: Annotated[int, Field(ge=8)] = 128
     max_target_tokens: Annotated[int, Field(ge=2)] = 30
     padding: Literal["longest", "max_length"] = "longest"
+    grouping: Literal["length", "none"] = "length"
 
 
 class AdapterSection(Section):
@@ -64,13 +68,21 @@ class AdapterSection(Section):
 
 
 class DeftSection(Section):
-    """The density loss: task loss + alpha x density, and its approximation of "non-zero"."""
+    """The density loss: task loss + alpha x density, its approximation of "non-zero", and ADA-DEFT's layer scales."""
 
-    approximation: Literal["l0", "tanh"] = "l0"
+    approximation: Literal["auto", "l0", "tanh", "sigmoid", "l1"] = "auto"
     alpha: Annotated[float, Field(ge=0.0)] = 1.0
     alpha_decoder: Annotated[float, Field(ge=0.0)] | None = None
-    epsilon: Annotated[float, Field(ge=1e-9, le=1.0)] = 1e-7
+    alpha_delay: Share = 0.0
+    alpha_ramp: Share = 0.0
+    epsilon: Epsilon = 1e-7
+    epsilon_end: Epsilon | None = None
     beta: Annotated[float, Field(gt=0.0)] | None = None
+    count_padding: bool = False
+    adaptive: bool = False
+    lambda_init: Share = 0.8
+    lambda_noise: Annotated[float, Field(ge=0.0)] = 0.05
+    lambda_learning_rate: Annotated[float, Field(gt=0.0)] = 0.01
 
 
 class TrainSection(Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from deft_ray.tasks.encoding import Example
 
 IGNORED = -100
 
+#: Batches whose examples are sorted by length together: more leave less padding, fewer leave more of chance.
+WINDOW = 50
+
 
 class BatchOrder:
     """The order of the training data: a seeded permutation per epoch, cut into batches across epoch borders.
@@ -22,14 +26,19 @@ class BatchOrder:
     A pure function of the step, so that a resumed trial needs no state: epoch e is
     ``torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + e))``.
 
+    With ``lengths``, examples of like length come into one batch, so that little is padding: each stretch of
+    :data:`WINDOW` batches of that permutation is sorted by length, cut into batches, and these are shuffled with the
+    same generator. Every example still comes once per epoch.
+
     Args:
         count: Examples.
         batch_size: Examples per step over all workers.
         seed: The trial's seed.
+        lengths: Something to sort each example by; None to leave the permutation as it is.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+    def __init__(self, count: int, batch_size: int, seed: int, lengths: Sequence[Any] | None = None) -> None:
+        self.count, self.batch_size, self.seed, self.lengths = count, batch_size, seed, lengths
         self._cached: tuple[int, list[int]] = (-1, [])
 
     def indices(self, step: int) -> list[int]:
@@ -40,9 +49,23 @@ class BatchOrder:
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
         if self._cached[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._cached = (epoch, torch.randperm(self.count, generator=generator).tolist())
+            self._cached = (epoch, self._epoch(epoch))
         return self._cached[1][place]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        if self.lengths is None:
+            return order
+        # The batch that this epoch shares with the one before, and that with the next, stay as they are.
+        first = min(-epoch * self.count % self.batch_size, self.count)
+        last = first + (self.count - first) // self.batch_size * self.batch_size
+        grouped: list[int] = []
+        for start in range(first, last, WINDOW * self.batch_size):
+            window = sorted(order[start : min(start + WINDOW * self.batch_size, last)], key=self.lengths.__getitem__)
+            for batch in torch.randperm(len(window) // self.batch_size, generator=generator).tolist():
+                grouped += window[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return [*order[:first], *grouped, *order[last:]]
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,8 @@ class Batch:
 
     Args:
         inputs: Keyword arguments of the model: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels``.
-        masks: (B, T) real tokens by side.
-        tokens: Number of real tokens by side.
+        masks: (B, T) by side, 1 at the tokens that the density loss counts.
+        tokens: Number of these tokens by side.
         items: What the task loss is a mean over: answer tokens, or rows of an encoder.
     """
 
@@ -90,6 +113,7 @@ def training_batch(
     device: torch.device,
     source_length: int | None = None,
     target_length: int | None = None,
+    count_padding: bool = False,
 ) -> Batch:
     """Collate examples for training.
 
@@ -101,16 +125,44 @@ def training_batch(
         device: Where to.
         source_length: Pad sources to this; to the longest if None.
         target_length: Pad answers to this; to the longest if None.
+        count_padding: Whether the density loss counts padding, as the authors' code does.
     """
     inputs = source_tensors(examples, pad_id, source_length, device)
     masks = {"encoder": inputs["attention_mask"]}
-    tokens = {"encoder": sum(len(example.input_ids) for example in examples)}
-    if not text_to_text:
+    if text_to_text:
+        inputs["labels"] = pad([example.target_ids for example in examples], IGNORED, target_length).to(device)
+        masks["decoder"] = (inputs["labels"] != IGNORED).long()
+    else:
         labels = torch.tensor([example.label for example in examples])
         inputs["labels"] = (labels.float() if regression else labels.long()).to(device)
-        return Batch(inputs, masks, tokens, len(examples))
-    labels = pad([example.target_ids for example in examples], IGNORED, target_length).to(device)
-    inputs["labels"] = labels
-    masks["decoder"] = (labels != IGNORED).long()
-    tokens["decoder"] = sum(len(example.target_ids) for example in examples)
-    return Batch(inputs, masks, tokens, tokens["decoder"])
+    if count_padding:
+        masks = {side: torch.ones_like(mask) for side, mask in masks.items()}
+    sizes = batch_sizes(
+        examples,
+        text_to_text=text_to_text,
+        source_length=source_length,
+        target_length=target_length,
+        count_padding=count_padding,
+    )
+    items = sizes.pop("items")
+    return Batch(inputs, masks, sizes, items)
+
+
+def batch_sizes(
+    examples: Sequence[Example],
+    *,
+    text_to_text: bool,
+    source_length: int | None = None,
+    target_length: int | None = None,
+    count_padding: bool = False,
+) -> dict[str, int]:
+    """Count what :func:`training_batch` would hold: tokens that the density loss counts by side, and ``items``."""
+
+    def count(lengths: list[int], fixed: int | None) -> int:
+        return max(fixed or 0, *lengths) * len(lengths) if count_padding else sum(lengths)
+
+    sizes = {"encoder": count([len(example.input_ids) for example in examples], source_length)}
+    if not text_to_text:
+        return {**sizes, "items": len(examples)}
+    answers = [len(example.target_ids) for example in examples]
+    return {**sizes, "decoder": count(answers, target_length), "items": sum(answers)}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deft_ray.density.scales import LayerScales
+
 _SILENT = 10**9
 
 
@@ -21,10 +23,13 @@ class SlotModule(nn.Module):
 
     Args:
         model: The PEFT model; called in ``forward``, kept out of the module tree.
+        scales: Layer scales of ADA-DEFT, or None.
+        scales_learning_rate: Their peak learning rate.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scales: LayerScales | None = None, scales_learning_rate: float = 0.0) -> None:
         super().__init__()
+        self.scales, self.scales_learning_rate = scales, scales_learning_rate
         self._hidden = (model,)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in named]
@@ -65,7 +70,7 @@ def build_engine(
         zero_stage: 0, 1 or 2.
     """
     deepspeed = _deepspeed()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = build_optimizer(module, learning_rate, weight_decay)
     config = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -77,6 +82,36 @@ def build_engine(
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+class ProjectedAdamW(torch.optim.AdamW):
+    """AdamW that keeps the parameters of a group with ``bounds`` between them, after every step.
+
+    Inside the optimizer and not behind it, so that it holds for the master copies that ZeRO steps on.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step."""
+        loss = super().step(closure)
+        for group in self.param_groups:
+            if group.get("bounds") is not None:
+                for parameter in group["params"]:
+                    parameter.clamp_(*group["bounds"])
+        return loss
+
+
+def build_optimizer(module: SlotModule, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return AdamW over a slot's parameters; layer scales have their own learning rate, no decay, and stay in [0, 1].
+
+    Each group's ``rate_share`` is its learning rate over the slot's.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(module.trainable), "weight_decay": weight_decay, "rate_share": 1.0}]
+    if module.scales is not None:
+        share = module.scales_learning_rate / learning_rate
+        scales = list(module.scales.parameters())
+        groups.append({"params": scales, "weight_decay": 0.0, "rate_share": share, "bounds": (0.0, 1.0)})
+    return ProjectedAdamW(groups, lr=learning_rate)
 
 
 def _deepspeed() -> Any:
@@ -103,9 +138,9 @@ def _deepspeed() -> Any:
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Set the learning rate of the next step."""
+    """Set the slot's learning rate for the next step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_share"]
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup_share: float, schedule: str) -> float:

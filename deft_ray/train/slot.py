@@ -6,6 +6,7 @@ initialised, then dropout draws from the same stream on rank 0. So a trial with 
 
 from __future__ import annotations
 
+import json
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from deft_ray.density.approximations import Approximation
+from deft_ray.density.approximations import Approximation, build_approximation
 from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.density.scales import LayerScales
+from deft_ray.density.schedules import alpha_share, epsilon_at
 from deft_ray.models.adapters import attach_adapter, detach_adapter, trainable_share
 from deft_ray.models.base import Base
 from deft_ray.spec.schema import DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
-from deft_ray.train.batches import Batch, BatchOrder, training_batch
+from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate
 from deft_ray.train.evaluation import Evaluation, Evaluator
 from deft_ray.train.ranks import Ranks
@@ -59,8 +62,11 @@ class Slot:
         self.steps = planned_steps(trial, len(data.train))
         self.done = 0
         self.micro, self.accumulation = split_batch(trial, ranks.world)
-        self.approximation = approximation(trial.deft)
-        self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed)
+        self.kind = approximation_kind(trial.deft, base.never_negative)
+        lengths = (
+            [(len(e.input_ids), len(e.target_ids)) for e in data.train] if trial.data.grouping == "length" else None
+        )
+        self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed, lengths)
         seed_everything(trial.seed)
         with ExitStack() as undo:
             self._build(undo)
@@ -83,10 +89,14 @@ class Slot:
         )
         undo.callback(detach_adapter, self.model)
         self.trainable_share = trainable_share(self.model)
-        self.probe = DensityProbe(self.base.sites)
+        self.scales = self._build_scales()
+        if self.scales is not None:
+            undo.callback(self.scales.remove)
+        self.probe = DensityProbe(self.base.sites, fused=self.trial.model.activation == "fused", scales=self.scales)
         undo.callback(self.probe.remove)
+        self.activation = self.probe.activation
         self.engine = build_engine(
-            SlotModule(self.model),
+            SlotModule(self.model, self.scales, self.trial.deft.lambda_learning_rate),
             batch_size=train.batch_size,
             micro_batch_size=self.micro,
             accumulation=self.accumulation,
@@ -97,6 +107,12 @@ class Slot:
         )
         undo.callback(self.engine.destroy)
 
+    def _build_scales(self) -> LayerScales | None:
+        deft = self.trial.deft
+        if not deft.adaptive:
+            return None
+        return LayerScales(self.base.sites, init=deft.lambda_init, noise=deft.lambda_noise, device=self.ranks.device)
+
     def step(self, measure: bool = False) -> StepResult:
         """Train one step: all micro-batches of this rank, one optimizer step.
 
@@ -105,13 +121,15 @@ class Slot:
         """
         rate = self._learning_rate()
         set_learning_rate(self.engine, rate)
+        alpha, approximation = self._alpha(), self._approximation()
         examples = [self.data.train[index] for index in self._order.indices(self.done)]
-        whole = self._batch_sizes(examples)
+        whole = self._step_sizes(examples)
         task_loss = density_loss = penalty_loss = 0.0
-        for part in self._my_parts(examples):
+        for part in self._parts(examples, self.ranks.rank):
             batch = self._collate(part)
-            shares = {side: batch.tokens[side] / whole[side] for side in batch.tokens}
-            penalty = self._penalty(batch, shares, measure)
+            shares = {side: tokens / whole[side] for side, tokens in batch.tokens.items()}
+            weights = {side: alpha[side] * share * self.ranks.world for side, share in shares.items()}
+            penalty = Penalty(approximation, weights, batch.masks, measure)
             item_share = batch.items / whole["items"]
             with self.probe.penalising(penalty):
                 loss = self.engine(**batch.inputs).loss
@@ -121,7 +139,7 @@ class Slot:
             for side, share in shares.items():
                 density = penalty.density(side) if measure else None
                 density_loss += (density or 0.0) * share / len(shares)
-                penalty_loss += (density or 0.0) * share * self._alpha[side]
+                penalty_loss += (density or 0.0) * share * alpha[side]
         self.done += 1
         return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
 
@@ -152,16 +170,28 @@ class Slot:
         _restore_random_state(state["random"])
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter, and the head of an encoder, as PEFT does; plain PEFT opens it."""
+        """Write the adapter, and the head of an encoder, as PEFT does; plain PEFT opens it.
+
+        Layer scales, which PEFT does not know, lie beside it in ``layer_scales.json``: λ by layer.
+        """
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        if self.scales is not None:
+            (folder / "layer_scales.json").write_text(json.dumps(self.scales.by_layer(), indent=1), encoding="utf-8")
 
     def close(self) -> None:
         """Give the base back without a trace."""
         self._undo.close()
 
-    @property
     def _alpha(self) -> dict[str, float]:
-        return alpha_by_side(self.trial.deft)
+        """Weight of the density loss by side, in this step."""
+        deft = self.trial.deft
+        share = alpha_share(self.done, steps=self.steps, delay=deft.alpha_delay, ramp=deft.alpha_ramp)
+        return {side: alpha * share for side, alpha in alpha_by_side(deft).items()}
+
+    def _approximation(self) -> Approximation:
+        deft = self.trial.deft
+        epsilon = epsilon_at(self.done, steps=self.steps, start=deft.epsilon, end=deft.epsilon_end)
+        return build_approximation(self.kind, epsilon=epsilon, beta=deft.beta)
 
     def _learning_rate(self) -> float:
         train = self.trial.train
@@ -173,35 +203,37 @@ class Slot:
             schedule=train.schedule,
         )
 
-    def _batch_sizes(self, examples: list[Example]) -> dict[str, int]:
-        """Real tokens by side, and items of the task loss, of the whole step over all ranks."""
-        sizes = {"encoder": sum(len(example.input_ids) for example in examples), "items": len(examples)}
-        if self.base.family.text_to_text:
-            sizes["decoder"] = sizes["items"] = sum(len(example.target_ids) for example in examples)
-        return sizes
+    def _step_sizes(self, examples: list[Example]) -> dict[str, int]:
+        """Tokens that count by side, and items of the task loss, of the whole step over all ranks."""
+        parts = [part for rank in range(self.ranks.world) for part in self._parts(examples, rank)]
+        sizes = [batch_sizes(part, **self._collation) for part in parts]
+        return {name: sum(size[name] for size in sizes) for name in sizes[0]}
 
-    def _my_parts(self, examples: list[Example]) -> list[list[Example]]:
+    def _parts(self, examples: list[Example], rank: int) -> list[list[Example]]:
+        """Cut a rank's part of a step into its micro-batches."""
         share = len(examples) // self.ranks.world
-        mine = examples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        mine = examples[rank * share : (rank + 1) * share]
         return [mine[start : start + self.micro] for start in range(0, share, self.micro)]
 
     def _collate(self, examples: list[Example]) -> Batch:
-        data = self.trial.data
-        fixed = data.padding == "max_length"
         return training_batch(
             examples,
             pad_id=self.base.tokenizer.pad_token_id or 0,
-            text_to_text=self.base.family.text_to_text,
             regression=self.data.task.kind == "regression",
             device=self.ranks.device,
-            source_length=data.max_source_tokens if fixed else None,
-            target_length=data.max_target_tokens if fixed else None,
+            **self._collation,
         )
 
-    def _penalty(self, batch: Batch, shares: dict[str, float], measure: bool) -> Penalty:
-        """The density loss of one micro-batch: the mean over ranks undoes ``world``, nothing else scales it."""
-        weights = {side: self._alpha[side] * share * self.ranks.world for side, share in shares.items()}
-        return Penalty(self.approximation, weights, batch.masks, measure)
+    @property
+    def _collation(self) -> dict[str, Any]:
+        data = self.trial.data
+        fixed = data.padding == "max_length"
+        return {
+            "text_to_text": self.base.family.text_to_text,
+            "source_length": data.max_source_tokens if fixed else None,
+            "target_length": data.max_target_tokens if fixed else None,
+            "count_padding": self.trial.deft.count_padding,
+        }
 
 
 def planned_steps(trial: TrialSpec, examples: int) -> int:
@@ -219,12 +251,11 @@ def split_batch(trial: TrialSpec, world: int) -> tuple[int, int]:
     return micro, per_worker // micro
 
 
-def approximation(deft: DeftSection) -> Approximation:
-    """Return the approximation that a trial asks for."""
-    if deft.approximation == "l0":
-        return Approximation("l0", deft.epsilon)
-    assert deft.beta is not None
-    return Approximation("tanh", deft.beta)
+def approximation_kind(deft: DeftSection, never_negative: bool) -> str:
+    """Return the approximation that a trial uses: tanh where the activation is never negative, l0 otherwise."""
+    if deft.approximation != "auto":
+        return deft.approximation
+    return "tanh" if never_negative else "l0"
 
 
 def alpha_by_side(deft: DeftSection) -> dict[str, float]:

@@ -40,9 +40,10 @@ def sweep(spec: Path, output: Path, *arguments: str, **extra: str) -> subprocess
 
 
 def start(spec: Path, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start a sweep."""
+    """Start a sweep that hears Ctrl-C, even where these tests run in the background of a shell and do not."""
     return subprocess.Popen(
         command(spec, output, *arguments),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

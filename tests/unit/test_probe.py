@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,37 +12,61 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
-from deft_ray.density.approximations import Approximation
+from deft_ray.density.activation import MlpActivation
+from deft_ray.density.approximations import L0, L1, Approximation, Sigmoid, Tanh
 from deft_ray.density.counts import TAUS, DensityCounts
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.density.sites import Site
 
-L0, TANH = Approximation("l0", 1e-2), Approximation("tanh", 2.0)
+WIDE = L0(1e-2)
+APPROXIMATIONS: list[Approximation] = [WIDE, Tanh(2.0), Sigmoid(3.0), L1()]
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "l0": lambda act: act**2 / (act**2 + 1e-2),
     "tanh": lambda act: torch.tanh(2.0 * act),
+    "sigmoid": lambda act: 2 * torch.sigmoid(3.0 * act.abs()) - 1,
+    "l1": lambda act: act.abs(),
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of MLP block."""
+
+    act: Callable[[], nn.Module] = nn.GELU
+    gated: bool = False
+    fused: bool = False
 
 
 class Block(nn.Module):
     """An MLP block whose activation is seen."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, kind: Kind) -> None:
         super().__init__()
-        self.first, self.act, self.second = nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model)
+        self.first, self.act, self.second = nn.Linear(d_model, d_ff), kind.act(), nn.Linear(d_ff, d_model)
+        self.linear = nn.Linear(d_model, d_ff) if kind.gated else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.second(self.act(self.first(x_BTD)))
+        act_BTF = self.act(self.first(x_BTD))
+        return x_BTD + self.second(act_BTF if self.linear is None else act_BTF * self.linear(x_BTD))
+
+    def gate(self, activation: MlpActivation, x_BTD: Tensor) -> Tensor:
+        assert self.linear is not None
+        out: Tensor = x_BTD + self.second(activation.gate(self.first(x_BTD), self.linear(x_BTD)))
+        return out
 
 
 class TwoStacks(nn.Module):
     """An encoder and a decoder of blocks; the decoder sees the encoder's mean."""
 
-    def __init__(self, d_model: int, d_ff: int, encoder: int, decoder: int, recompute: str = "none") -> None:
+    def __init__(
+        self, d_model: int, d_ff: int, encoder: int, decoder: int, recompute: str = "none", kind: Kind | None = None
+    ) -> None:
         super().__init__()
-        self.encoder = nn.ModuleList([Block(d_model, d_ff) for _ in range(encoder)])
-        self.decoder = nn.ModuleList([Block(d_model, d_ff) for _ in range(decoder)])
+        self.kind = kind or Kind()
+        self.encoder = nn.ModuleList([Block(d_model, d_ff, self.kind) for _ in range(encoder)])
+        self.decoder = nn.ModuleList([Block(d_model, d_ff, self.kind) for _ in range(decoder)])
         self._run: Any = {
             "none": lambda block, x: block(x),
             "reentrant": partial(checkpoint, use_reentrant=True),
@@ -51,7 +76,7 @@ class TwoStacks(nn.Module):
     @property
     def sites(self) -> list[Site]:
         return [
-            Site(f"{side}.{index}", block, "act", "second")
+            Site(f"{side}.{index}", block, "act", "second", Block.gate if self.kind.gated else None)
             for side in ("encoder", "decoder")
             for index, block in enumerate(getattr(self, side))
         ]
@@ -85,18 +110,18 @@ def reference(
 
 
 def probed(model: TwoStacks, inputs: tuple[Tensor, Tensor], penalty: Penalty) -> dict[str, Tensor]:
-    probe = DensityProbe(model.sites)
+    probe = DensityProbe(model.sites, fused=model.kind.fused)
     with probe.penalising(penalty):
         model(*inputs).backward()
     probe.remove()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def build(seed: int, recompute: str = "none") -> tuple[TwoStacks, tuple[Tensor, Tensor], dict[str, Tensor]]:
+def build(seed: int, kind: Kind | None = None) -> tuple[TwoStacks, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """A model, inputs and masks of random shapes."""
     torch.manual_seed(seed)
     d_model, d_ff, rows, source, target, encoder, decoder = (int(torch.randint(1, 7, ())) for _ in range(7))
-    model = TwoStacks(d_model, d_ff, encoder, decoder, recompute)
+    model = TwoStacks(d_model, d_ff, encoder, decoder, kind=kind)
     inputs = torch.randn(rows, source, d_model), torch.randn(rows, target, d_model)
     masks = {
         side: (torch.rand(rows, x.shape[1]) < 0.6).long()
@@ -110,7 +135,7 @@ def twin(model: TwoStacks, recompute: str = "none") -> TwoStacks:
     first = model.encoder[0]
     assert isinstance(first, Block)
     sizes = first.first.in_features, first.first.out_features, len(model.encoder), len(model.decoder)
-    copy = TwoStacks(*sizes, recompute)
+    copy = TwoStacks(*sizes, recompute, model.kind)
     copy.load_state_dict(model.state_dict())
     return copy
 
@@ -122,11 +147,25 @@ def assert_gradients_close(got: dict[str, Tensor], want: dict[str, Tensor], tole
         assert float((got[name].double() - grad.double()).abs().max()) <= tolerance * scale, name
 
 
+KINDS = [
+    Kind(),
+    Kind(nn.ReLU),
+    Kind(nn.SiLU, gated=True),
+    Kind(NewGELUActivation),
+    Kind(NewGELUActivation, gated=True),
+    Kind(NewGELUActivation, gated=True, fused=True),
+    Kind(nn.ReLU, gated=True, fused=True),
+    Kind(partial(nn.GELU, approximate="tanh"), fused=True),
+]
+
+
 @pytest.mark.parametrize("recompute", ["none", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("approximation", [L0, TANH], ids=lambda a: a.kind)
-@pytest.mark.parametrize("seed", range(5))
-def test_injected_gradient_is_that_of_the_built_loss(seed: int, approximation: Approximation, recompute: str) -> None:
-    model, inputs, masks = build(seed)
+@pytest.mark.parametrize("approximation", APPROXIMATIONS, ids=lambda a: a.kind)
+@pytest.mark.parametrize(("seed", "kind"), list(enumerate(KINDS)))
+def test_injected_gradient_is_that_of_the_built_loss(
+    seed: int, kind: Kind, approximation: Approximation, recompute: str
+) -> None:
+    model, inputs, masks = build(seed, kind)
     weights = {"encoder": 0.7 + seed, "decoder": 2.5}
 
     want = reference(twin(model), inputs, approximation.kind, weights, masks)
@@ -140,7 +179,7 @@ def test_each_side_has_its_own_weight(weights: dict[str, float]) -> None:
     model, inputs, masks = build(7)
 
     want = reference(twin(model), inputs, "l0", weights, masks)
-    got = probed(twin(model), inputs, Penalty(L0, weights, masks))
+    got = probed(twin(model), inputs, Penalty(WIDE, weights, masks))
 
     assert_gradients_close(got, want, 2e-6)
 
@@ -153,22 +192,23 @@ def test_bfloat16_model_gets_the_same_gradient_to_its_precision() -> None:
     weights = {"encoder": 1.0, "decoder": 1.0}
 
     want = reference(twin(model), inputs, "l0", weights, masks)
-    got = probed(model, inputs, Penalty(L0, weights, masks))
+    got = probed(model, inputs, Penalty(WIDE, weights, masks))
 
     assert all(grad.dtype == torch.bfloat16 for grad in got.values())
     assert_gradients_close(got, want, 0.02)
 
 
-def test_without_a_weight_outputs_and_gradients_are_bit_identical() -> None:
-    model, inputs, masks = build(11)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.fused])
+def test_without_a_weight_outputs_and_gradients_are_bit_identical(kind: Kind) -> None:
+    model, inputs, masks = build(11, kind)
     plain, silent = twin(model), twin(model)
     plain(*inputs).backward()
     output = plain(*inputs)
 
-    got = probed(silent, inputs, Penalty(L0, {"encoder": 0.0, "decoder": 0.0}, masks, measure=True))
+    got = probed(silent, inputs, Penalty(WIDE, {"encoder": 0.0, "decoder": 0.0}, masks, measure=True))
 
     probe = DensityProbe(silent.sites)
-    with probe.penalising(Penalty(L0, {"encoder": 5.0, "decoder": 5.0}, masks)):
+    with probe.penalising(Penalty(WIDE, {"encoder": 5.0, "decoder": 5.0}, masks)):
         assert torch.equal(silent(*inputs), output), "a penalty must not change what the model says"
     probe.remove()
     for name, parameter in plain.named_parameters():
@@ -190,7 +230,7 @@ def test_micro_batches_with_their_share_add_up_to_the_whole_batch(sizes: tuple[i
     probe = DensityProbe(parts.sites)
 
     # The density gradient alone: the task gradient of this toy is not a sum over rows.
-    want = probed(whole, inputs, Penalty(L0, {"encoder": alpha, "decoder": alpha}, masks))
+    want = probed(whole, inputs, Penalty(WIDE, {"encoder": alpha, "decoder": alpha}, masks))
     task = twin(model)
     task(*inputs).backward()
     start = 0
@@ -198,7 +238,7 @@ def test_micro_batches_with_their_share_add_up_to_the_whole_batch(sizes: tuple[i
         rows = slice(start, start + size)
         mine = {side: mask[rows] for side, mask in masks.items()}
         weights = {side: alpha * int(mine[side].sum()) / int(masks[side].sum()) for side in masks}
-        with probe.penalising(Penalty(L0, weights, mine)):
+        with probe.penalising(Penalty(WIDE, weights, mine)):
             (0.0 * parts(inputs[0][rows], inputs[1][rows])).backward()
         start += size
 
@@ -209,17 +249,17 @@ def test_micro_batches_with_their_share_add_up_to_the_whole_batch(sizes: tuple[i
 
 def test_measured_density_is_the_mean_over_layers_of_real_tokens() -> None:
     model, inputs, masks = build(2)
-    penalty = Penalty(L0, {"encoder": 1.0, "decoder": 1.0}, masks, measure=True)
+    penalty = Penalty(WIDE, {"encoder": 1.0, "decoder": 1.0}, masks, measure=True)
     acts: list[Tensor] = []
-    hooks = [site.module.register_forward_hook(lambda _m, _i, out: acts.append(out)) for site in model.sites]
     probed(model, inputs, penalty)
-    for hook in hooks:
-        hook.remove()
+    for site in model.sites:
+        site.module.register_forward_hook(lambda _m, _i, out: acts.append(out))
+    model(*inputs)
 
     count = len(model.encoder)
     encoder = np.mean([SMOOTH["l0"](act)[masks["encoder"].bool()].mean().item() for act in acts[:count]])
     assert penalty.density("encoder") == pytest.approx(encoder, rel=1e-5)
-    assert Penalty(L0, {"encoder": 1.0}, masks).density("encoder") is None
+    assert Penalty(WIDE, {"encoder": 1.0}, masks).density("encoder") is None
 
 
 def test_an_all_padding_micro_batch_adds_nothing() -> None:
@@ -228,7 +268,7 @@ def test_an_all_padding_micro_batch_adds_nothing() -> None:
     plain = twin(model)
     plain(*inputs).backward()
 
-    got = probed(twin(model), inputs, Penalty(L0, {"encoder": 9.0, "decoder": 9.0}, empty))
+    got = probed(twin(model), inputs, Penalty(WIDE, {"encoder": 9.0, "decoder": 9.0}, empty))
 
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
@@ -239,7 +279,7 @@ def test_frozen_activations_are_left_alone() -> None:
     model, inputs, masks = build(4)
     model.requires_grad_(False)
     probe = DensityProbe(model.sites)
-    with probe.penalising(Penalty(L0, {"encoder": 9.0, "decoder": 9.0}, masks)), torch.no_grad():
+    with probe.penalising(Penalty(WIDE, {"encoder": 9.0, "decoder": 9.0}, masks)), torch.no_grad():
         assert not model(*inputs).requires_grad
     probe.remove()
 
@@ -314,4 +354,4 @@ def test_counting_sees_only_what_is_inside_and_only_masked_sides() -> None:
     probe.remove()
     with probe.counting(DensityCounts.empty(probe.names), masks):
         model(*inputs)
-    assert all(not site.module._forward_hooks for site in model.sites)
+    assert all(type(site.module) is nn.GELU for site in model.sites)
