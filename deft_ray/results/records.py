@@ -57,6 +57,7 @@ class Record:
         activation: Activation function of the MLPs; exact zeros depend on it.
         versions: Version of each package that can move a number.
         cause: Traceback or reason of what was not ``complete``.
+        warning: What the user should know of a trial that ran all the same.
         times: Where the time went: ``startup_s``, ``train_s``, ``eval_s``, ...
         trainable_share: Trainable parameters over all parameters.
         peak_memory_gib: Peak memory of the fullest worker.
@@ -89,6 +90,7 @@ class Record:
     wall_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict, hash=False)
     cause: str | None = None
+    warning: str | None = None
     times: dict[str, float] = field(default_factory=dict, hash=False)
     trainable_share: float | None = None
     peak_memory_gib: float | None = None

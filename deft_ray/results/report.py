@@ -97,7 +97,7 @@ def write_report(
     found = points(records, max_score_drop)
     parts = [_heading(spec_name, records, max_score_drop, stop_reason, extra)]
     parts += [_task_part(task, _of(found, task), records) for task in _tasks(records)]
-    parts += [_failures(records), _time_split(records), _files(tracking_uri)]
+    parts += [_failures(records), _warnings(records), _time_split(records), _files(tracking_uri)]
     return write_text(Path(run_dir) / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -197,16 +197,25 @@ def _cell(value: Any) -> str:
 
 
 def _failures(records: Sequence[Record]) -> str:
-    """Every cause once, most frequent first, with the trials it ended."""
-    causes: dict[str, list[str]] = {}
-    for record in records:
-        if record.status in ("failed", "diverged"):
-            causes.setdefault(f"{record.status}: {first_line(record.cause)}", []).append(record.trial)
-    if not causes:
+    ended = [record for record in records if record.status in ("failed", "diverged")]
+    causes = [(f"{record.status}: {first_line(record.cause)}", record.trial) for record in ended]
+    return _each_once("Trials that did not complete", causes)
+
+
+def _warnings(records: Sequence[Record]) -> str:
+    return _each_once("Warnings", [(record.warning, record.trial) for record in records if record.warning])
+
+
+def _each_once(heading: str, said: Sequence[tuple[str, str]]) -> str:
+    """Everything that was said of trials once, most frequent first, with the trials it was said of."""
+    trials_of: dict[str, list[str]] = {}
+    for text, trial in said:
+        trials_of.setdefault(text, []).append(trial)
+    if not trials_of:
         return ""
-    ordered = sorted(causes.items(), key=lambda item: -len(item[1]))
-    lines = [f"- {_cell(cause)[:300]} ({len(trials)}×: {_some(trials)})" for cause, trials in ordered]
-    return "\n".join(["## Trials that did not complete", "", *lines])
+    ordered = sorted(trials_of.items(), key=lambda item: -len(item[1]))
+    lines = [f"- {_cell(text)[:300]} ({len(trials)}×: {_some(trials)})" for text, trials in ordered]
+    return "\n".join([f"## {heading}", "", *lines])
 
 
 def _some(trials: Sequence[str]) -> str:

@@ -83,7 +83,7 @@ def check_rules(
         machine: What this machine has; None where the sweep runs on a cluster.
     """
     view = _View(values, space, broken)
-    rules = (_tasks, _family, _files, _approximation, _length, _batch, _baseline, _seeds, _try_first)
+    rules = (_tasks, _family, _files, _approximation, _alpha_schedule, _length, _batch, _baseline, _seeds, _try_first)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -128,9 +128,17 @@ def _is_folder(path: str) -> bool:
 
 
 def _approximation(view: _View) -> Iterator[Fault]:
-    if "tanh" in view.options("deft.approximation", "l0") and view.get("deft.beta") is None:
-        message = "is required with approximation 'tanh' (got nothing); a number above 0, for example 20"
+    steep = [kind for kind in ("tanh", "sigmoid") if kind in view.options("deft.approximation", "auto")]
+    if steep and view.get("deft.beta") is None:
+        message = f"is required with approximation '{steep[0]}' (got nothing); a number above 0, for example 20"
         yield ("deft", "beta"), message
+
+
+def _alpha_schedule(view: _View) -> Iterator[Fault]:
+    late = [view.options(f"deft.{key}", 0.0)[-1] for key in ("alpha_delay", "alpha_ramp")]
+    if all(isinstance(share, int | float) for share in late) and sum(late) > 1.0:
+        message = f"alpha_delay + alpha_ramp must be at most 1, or alpha never reaches its value (got {sum(late):g})"
+        yield ("deft", "alpha_ramp"), message
 
 
 def _length(view: _View) -> Iterator[Fault]:

@@ -228,6 +228,7 @@ class _Run:
                     dtype=self.host.base.dtype,
                     activation=self.slot.activation,
                     approximation=self.slot.kind,
+                    warning=self.slot.warning,
                     lambda_layers=self.slot.scales.by_layer() if self.slot.scales is not None else None,
                     trainable_share=self.slot.trainable_share,
                     peak_memory_gib=peak,

@@ -63,6 +63,7 @@ class Slot:
         self.done = 0
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, base.never_negative)
+        self.warning = warning_of(trial.deft, self.kind, base)
         lengths = (
             [(len(e.input_ids), len(e.target_ids)) for e in data.train] if trial.data.grouping == "length" else None
         )
@@ -256,6 +257,16 @@ def approximation_kind(deft: DeftSection, never_negative: bool) -> str:
     if deft.approximation != "auto":
         return deft.approximation
     return "tanh" if never_negative else "l0"
+
+
+def warning_of(deft: DeftSection, kind: str, base: Base) -> str | None:
+    """Say what is doubtful about a density loss on this base, or None."""
+    if kind != "tanh" or base.never_negative or not any(alpha_by_side(deft).values()):
+        return None
+    return (
+        f"deft.approximation 'tanh' on {base.activation}: its negative activations count below zero, so the loss falls "
+        "by making them more negative instead of zero; 'l0', 'sigmoid' and 'l1' take either sign"
+    )
 
 
 def alpha_by_side(deft: DeftSection) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -31,6 +33,42 @@ def test_every_example_comes_once_per_epoch(count: int, batch_size: int) -> None
     seen = [index for step in range(count) for index in order.indices(step)]
 
     assert all(sorted(seen[start : start + count]) == list(range(count)) for start in range(0, len(seen), count))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (9, 6), (3, 8), (400, 8), (1009, 7), (64, 16), (5, 5)])
+def test_grouping_by_length_keeps_every_example_once_per_epoch(count: int, batch_size: int) -> None:
+    dice = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 100, (count,), generator=dice).tolist()
+    order = BatchOrder(count, batch_size, 1, lengths)
+    seen = [index for step in range(3 * count // batch_size) for index in order.indices(step)]
+
+    epochs = [seen[start : start + count] for start in range(0, len(seen) - count + 1, count)]
+    assert all(sorted(one) == list(range(count)) for one in epochs)
+    assert count < 100 or len({tuple(one) for one in epochs}) == len(epochs), "each epoch has its own order"
+
+
+@pytest.mark.parametrize("batch_size", [4, 16, 30])
+def test_grouping_by_length_leaves_little_padding(batch_size: int) -> None:
+    dice = torch.Generator().manual_seed(3)
+    count = 2000
+    lengths = torch.randint(4, 60, (count,), generator=dice).tolist()
+
+    def real_share(order: BatchOrder, epochs: int) -> float:
+        batches = [order.indices(step) for step in range(epochs * count // batch_size)]
+        computed = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+        return sum(lengths[i] for batch in batches for i in batch) / computed
+
+    assert real_share(BatchOrder(count, batch_size, 0), 3) < 0.75
+    assert real_share(BatchOrder(count, batch_size, 0, lengths), 3) > 0.95
+
+
+def test_long_and_short_batches_come_in_no_order() -> None:
+    lengths = list(range(800))
+    order = BatchOrder(800, 8, 0, lengths)
+    means = [sum(order.indices(step)) / 8 for step in range(100)]
+    rises = sum(later > earlier for earlier, later in pairwise(means))
+
+    assert 30 < rises < 70
 
 
 def test_order_is_a_function_of_the_step_alone() -> None:

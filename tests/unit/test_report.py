@@ -149,3 +149,11 @@ def test_two_dtypes_are_refused_before_anything_is_written(tmp_path: Path) -> No
 )
 def test_first_line(cause: str | None, expected: str) -> None:
     assert first_line(cause) == expected
+
+
+def test_warnings_come_once_with_their_trials(tmp_path: Path) -> None:
+    records = [make_record(f"t{i}", 0.5, 0.5, warning="tanh on GELU" if i else None) for i in range(3)]
+    text = write_report(tmp_path, "s", records, None, "", {}).read_text()
+
+    assert "## Warnings\n\n- tanh on GELU (2×: t1, t2)" in text
+    assert "## Trials that did not complete" not in text

@@ -107,6 +107,27 @@ def test_tanh_needs_its_slope(deft: dict[str, Any], complete: bool) -> None:
     assert faults_of(deft=deft) == ([] if complete else [(("deft", "beta"), message)])
 
 
+def test_sigmoid_needs_its_slope_too() -> None:
+    message = "is required with approximation 'sigmoid' (got nothing); a number above 0, for example 20"
+    assert faults_of(deft={"approximation": "sigmoid"}) == [(("deft", "beta"), message)]
+    assert faults_of(deft={"approximation": "sigmoid", "beta": 5}) == []
+    assert faults_of(deft={"approximation": "auto"}) == faults_of(deft={"approximation": "l1"}) == []
+
+
+@pytest.mark.parametrize(
+    ("deft", "late"),
+    [
+        ({"alpha_delay": 0.5, "alpha_ramp": 0.5}, None),
+        ({"alpha_delay": 0.6, "alpha_ramp": 0.5}, "1.1"),
+        ({"alpha_delay": {"uniform": [0.0, 0.7]}, "alpha_ramp": 0.5}, "1.2"),
+        ({"alpha_delay": 0.7, "alpha_ramp": {"choice": [0.1, 0.6]}}, "1.3"),
+    ],
+)
+def test_alpha_reaches_its_value_within_the_training(deft: dict[str, Any], late: str | None) -> None:
+    message = f"alpha_delay + alpha_ramp must be at most 1, or alpha never reaches its value (got {late})"
+    assert faults_of(deft=deft) == ([] if late is None else [(("deft", "alpha_ramp"), message)])
+
+
 @pytest.mark.parametrize(
     ("train", "fault"),
     [

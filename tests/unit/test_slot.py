@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ EPSILON = 1e-3
 @pytest.fixture(scope="module")
 def bases(tiny_models: dict[str, Path]) -> dict[str, Base]:
     return {
-        name: load_base(str(tiny_models[name]), name.split("-")[-1]) for name in ("t5", "dry-t5", "bert", "roberta")
+        name: load_base(str(tiny_models[name]), name.split("-")[-1])
+        for name in ("t5", "dry-t5", "relu-t5", "bert", "roberta")
     }
 
 
@@ -237,6 +239,140 @@ def test_the_density_loss_falls_where_it_is_asked_to(trial: Trial, open_slot: An
     assert densities[20.0][-1] < densities[0.0][-1] - 0.05
 
 
+# --- how the density loss is asked for  -------------------------------------------------------------------------------
+
+
+def penalties(slot: Slot) -> list[float]:
+    """α times density over the density, step by step: the weight that the loss had."""
+    results = [slot.step(measure=True) for _ in range(slot.steps)]
+    return [(result.penalty or 0.0) / (2 * (result.density_loss or 1.0)) for result in results]
+
+
+def test_alpha_is_switched_on_late_and_rises(trial: Trial, open_slot: Any) -> None:
+    leaves: dict[str, Any] = {"deft__alpha": 2.0, "train__steps": 10}
+    late = open_slot("dry-t5", trial("dry-t5", deft__alpha_delay=0.3, deft__alpha_ramp=0.4, **leaves))
+    assert penalties(late) == pytest.approx([0, 0, 0, 0.5, 1, 1.5, 2, 2, 2, 2], rel=1e-6)
+
+    constant = open_slot("dry-t5", trial("dry-t5", **leaves))
+    assert penalties(constant) == pytest.approx([2.0] * 10, rel=1e-6)
+
+
+def test_epsilon_narrows_over_the_training(trial: Trial, open_slot: Any) -> None:
+    spec = trial("dry-t5", deft__epsilon=1e-1, deft__epsilon_end=1e-5, train__steps=5)
+    slot = open_slot("dry-t5", spec)
+    seen = []
+    for _ in range(5):
+        seen.append(slot._approximation().epsilon)
+        slot.step()
+
+    assert seen == pytest.approx([1e-1, 1e-2, 1e-3, 1e-4, 1e-5], rel=1e-6)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_padding_counts_where_the_paper_counts_it(trial: Trial, open_slot: Any, micro: int | None) -> None:
+    spec = trial(
+        "dry-t5",
+        data__padding="max_length",
+        data__max_source_tokens=40,
+        data__max_target_tokens=8,
+        deft__alpha=2.0,
+        deft__epsilon=EPSILON,
+        deft__count_padding=True,
+        train__max_grad_norm=0.0,
+        train__micro_batch_size=micro,
+    )
+    real = spec.model_copy(update={"deft": spec.deft.model_copy(update={"count_padding": False})})
+    without = built_gradient(shaken(open_slot("dry-t5", real)), 2.0, 2.0)
+    slot = shaken(open_slot("dry-t5", spec))
+    want = built_gradient(slot, 2.0, 2.0)
+    slot.step()
+
+    assert worst(taken_gradient(slot), want) < 3e-5
+    assert worst(without, want) > 1e-2, "padding must have moved something"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_the_fused_block_trains_as_stock_with_the_tanh_gelu(
+    trial: Trial, open_slot: Any, bases: dict[str, Base], alpha: float
+) -> None:
+    spec = trial("dry-t5", deft__alpha=alpha, deft__epsilon=EPSILON)
+    fused = spec.model_copy(update={"model": spec.model.model_copy(update={"activation": "fused"})})
+    stock = open_slot("dry-t5", spec)
+    losses, density = run(stock), stock.evaluate().counts.density()
+    slot = open_slot("dry-t5", fused)
+
+    assert slot.activation == "GELUTanh"
+    assert run(slot) == pytest.approx(losses, rel=1e-4)
+    assert slot.evaluate().counts.density() == pytest.approx(density, abs=2e-2)
+    slot.close()
+    assert "forward" not in vars(bases["dry-t5"].sites[0].block)
+    assert type(bases["dry-t5"].sites[0].module).__name__ == "NewGELUActivation"
+
+
+@pytest.mark.parametrize(("name", "stage"), [("dry-t5", 0), ("dry-t5", 2), ("bert", 1)])
+def test_layer_scales_train_within_bounds_and_reach_zero(
+    trial: Trial, open_slot: Any, tmp_path: Path, name: str, stage: int
+) -> None:
+    spec = trial(
+        name,
+        "mrpc",
+        deft__adaptive=True,
+        deft__alpha=50.0,
+        deft__lambda_learning_rate=0.2,
+        deft__lambda_init=0.5,
+        train__steps=14,
+        train__zero_stage=stage,
+        train__schedule="constant",
+    )
+    slot = open_slot(name, spec)
+    start = slot.scales.by_layer()
+    run(slot)
+    end = slot.scales.by_layer()
+    slot.save_adapter(tmp_path)
+
+    assert start.keys() == end.keys() == set(slot.probe.names)
+    assert all(0.3 < value < 0.7 for value in start.values())
+    assert all(value == 0.0 for value in end.values()), "a density weighed by 50 has to win"
+    assert json.loads((tmp_path / "layer_scales.json").read_text()) == end
+
+
+def test_layer_scales_without_a_density_loss_are_trained_for_the_task_alone(trial: Trial, open_slot: Any) -> None:
+    slot = open_slot("dry-t5", trial("dry-t5", deft__adaptive=True, deft__alpha=0.0, train__steps=8))
+    start = slot.scales.by_layer()
+    run(slot)
+
+    assert slot.scales.by_layer() != start
+    assert all(0.5 < value <= 1.0 for value in slot.scales.by_layer().values())
+
+
+def test_a_resumed_adaptive_trial_is_the_uninterrupted_one(trial: Trial, open_slot: Any, tmp_path: Path) -> None:
+    spec = trial("t5", deft__adaptive=True, deft__alpha=2.0, train__steps=6, train__zero_stage=1)
+    whole = open_slot("t5", spec)
+    losses = run(whole)
+    scales = whole.scales.by_layer()
+
+    first = open_slot("t5", spec)
+    early = run(first, 3)
+    first.save(tmp_path)
+    second = open_slot("t5", spec)
+    second.load(tmp_path)
+
+    assert early + run(second, 3) == losses
+    assert second.scales.by_layer() == scales
+
+
+def test_the_approximation_follows_the_activation(trial: Trial, open_slot: Any) -> None:
+    gelu = open_slot("t5", trial("t5", deft__alpha=1.0))
+    assert (gelu.kind, gelu.warning) == ("l0", None)
+    relu = open_slot("relu-t5", trial("relu-t5", deft__alpha=1.0))
+    assert (relu.kind, relu.warning) == ("tanh", None)
+    doubtful = open_slot("t5", trial("t5", deft__alpha=1.0, deft__approximation="tanh", deft__beta=20.0))
+    assert doubtful.warning is not None
+    assert doubtful.warning.startswith("deft.approximation 'tanh' on NewGELUActivation: its negative activations count")
+    off = open_slot("t5", trial("t5", deft__alpha=0.0, deft__approximation="tanh", deft__beta=20.0))
+    assert off.warning is None
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +434,7 @@ def test_a_slot_that_cannot_be_built_leaves_no_trace(
             open_slot("dry-t5", trial("dry-t5"))
 
     assert [name for name, _ in bases["dry-t5"].model.named_modules()] == modules
-    assert all(not site.module._forward_hooks for site in bases["dry-t5"].sites)
+    assert all(type(site.module).__name__ == "NewGELUActivation" for site in bases["dry-t5"].sites)
     assert run(open_slot("t5", trial("t5"))) == want
 
 
