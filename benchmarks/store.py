@@ -38,8 +38,8 @@ def store(name: str, figures: dict[str, Any]) -> Path:
         "at": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "--", "deft_ray") else ""),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": None},
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": _gpu()},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         **figures,
     }
     RESULTS.mkdir(exist_ok=True)
@@ -51,8 +51,21 @@ def store(name: str, figures: dict[str, Any]) -> Path:
 
 
 def _git(*arguments: str) -> str:
+    """What git says; nothing outside a clone."""
     root = Path(__file__).parent.parent
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
 def _cpu() -> str:

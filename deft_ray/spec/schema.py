@@ -98,7 +98,7 @@ class TrainSection(Section):
     warmup_share: Share = 0.06
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    zero_stage: Annotated[int, Field(ge=0, le=2)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     gradient_checkpointing: bool = False
     evaluations: Positive = 1
     checkpoint_every_s: Annotated[float, Field(ge=0.0)] = 60.0

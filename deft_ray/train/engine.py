@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ _SILENT = 10**9
 class SlotModule(nn.Module):
     """What DeepSpeed takes for the whole model: the trainable parameters of a slot.
 
+    They are registered here and not in a module below: ZeRO-3 gathers a module's own parameters before its forward pass
+    and before its backward pass, and this is the only module whose passes DeepSpeed sees.
+
     Args:
         model: The PEFT model; called in ``forward``, kept out of the module tree.
         scales: Layer scales of ADA-DEFT, or None.
@@ -29,11 +34,13 @@ class SlotModule(nn.Module):
 
     def __init__(self, model: nn.Module, scales: LayerScales | None = None, scales_learning_rate: float = 0.0) -> None:
         super().__init__()
-        self.scales, self.scales_learning_rate = scales, scales_learning_rate
-        self._hidden = (model,)
+        self._hidden, self.scales_learning_rate = (model,), scales_learning_rate
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in named]
-        self.trainable = nn.ParameterList([parameter for _, parameter in named])
+        self.trainable = tuple(parameter for _, parameter in named)
+        self.scales = tuple(scales.parameters()) if scales is not None else ()
+        for index, parameter in enumerate((*self.trainable, *self.scales)):
+            self.register_parameter(f"parameter_{index}", parameter)
 
     def forward(self, **batch: Any) -> Any:
         """Call the PEFT model."""
@@ -67,7 +74,7 @@ def build_engine(
         learning_rate: First learning rate; set per step through :func:`set_learning_rate`.
         weight_decay: AdamW's.
         max_grad_norm: Clip the gradient's global norm to this; 0 for never. DeepSpeed's silent default is 1.
-        zero_stage: 0, 1 or 2.
+        zero_stage: 0 to 3; 3 shares out the trainable parameters too, the frozen base stays whole on every worker.
     """
     deepspeed = _deepspeed()
     optimizer = build_optimizer(module, learning_rate, weight_decay)
@@ -76,12 +83,25 @@ def build_engine(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, **({"param_persistence_threshold": 0} if zero_stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _SILENT,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+@contextmanager
+def whole(module: SlotModule) -> Iterator[None]:
+    """Hold every parameter in full on every worker, where ZeRO-3 has shared them out; collective."""
+    shared = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not shared:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(shared):
+        yield
 
 
 class ProjectedAdamW(torch.optim.AdamW):
@@ -107,10 +127,9 @@ def build_optimizer(module: SlotModule, learning_rate: float, weight_decay: floa
     Each group's ``rate_share`` is its learning rate over the slot's.
     """
     groups: list[dict[str, Any]] = [{"params": list(module.trainable), "weight_decay": weight_decay, "rate_share": 1.0}]
-    if module.scales is not None:
+    if module.scales:
         share = module.scales_learning_rate / learning_rate
-        scales = list(module.scales.parameters())
-        groups.append({"params": scales, "weight_decay": 0.0, "rate_share": share, "bounds": (0.0, 1.0)})
+        groups.append({"params": list(module.scales), "weight_decay": 0.0, "rate_share": share, "bounds": (0.0, 1.0)})
     return ProjectedAdamW(groups, lr=learning_rate)
 
 

@@ -214,9 +214,11 @@ class _Run:
 
     def _end(self, status: str) -> None:
         peak = max(self.ranks.gather(peak_memory_gib()))
-        adapter = None
-        if self.ranks.leads and status == "complete":
-            adapter = self.storage.publish_adapter(self.slot.save_adapter)
+        adapter, lambdas = None, dict[str, float]()
+        with self.slot.whole():
+            if self.ranks.leads and status == "complete":
+                lambdas = self.slot.lambdas()
+                adapter = self.storage.publish_adapter(self.slot.save_adapter)
         if self.ranks.leads:
             self.inbox.send(
                 _end_row(
@@ -229,7 +231,7 @@ class _Run:
                     activation=self.slot.activation,
                     approximation=self.slot.kind,
                     warning=self.slot.warning,
-                    lambda_layers=self.slot.scales.by_layer() if self.slot.scales is not None else None,
+                    lambda_layers=lambdas,
                     trainable_share=self.slot.trainable_share,
                     peak_memory_gib=peak,
                     times=vars(self.clock),

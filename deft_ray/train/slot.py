@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from deft_ray.models.base import Base
 from deft_ray.spec.schema import DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
-from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate
+from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.evaluation import Evaluation, Evaluator
 from deft_ray.train.ranks import Ranks
 
@@ -146,6 +146,10 @@ class Slot:
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the validation split, over all ranks."""
+        with self.whole():
+            return self._evaluator().evaluate()
+
+    def _evaluator(self) -> Evaluator:
         data = self.trial.data
         return Evaluator(
             self.base,
@@ -156,7 +160,7 @@ class Slot:
             self.trial.train.eval_batch_size,
             data.max_target_tokens,
             data.max_source_tokens if data.padding == "max_length" else None,
-        ).evaluate()
+        )
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the trial's state into an empty folder."""
@@ -173,11 +177,20 @@ class Slot:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter, and the head of an encoder, as PEFT does; plain PEFT opens it.
 
-        Layer scales, which PEFT does not know, lie beside it in ``layer_scales.json``: λ by layer.
+        Layer scales, which PEFT does not know, lie beside it in ``layer_scales.json``: λ by layer. On one worker,
+        inside :meth:`whole`.
         """
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.scales is not None:
-            (folder / "layer_scales.json").write_text(json.dumps(self.scales.by_layer(), indent=1), encoding="utf-8")
+            (folder / "layer_scales.json").write_text(json.dumps(self.lambdas(), indent=1), encoding="utf-8")
+
+    def lambdas(self) -> dict[str, float]:
+        """Return ADA-DEFT's layer scales by layer; none without. Inside :meth:`whole`."""
+        return {} if self.scales is None else self.scales.by_layer()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Hold every trainable parameter in full on every worker; all workers enter and leave together."""
+        return whole(self.engine.module)
 
     def close(self) -> None:
         """Give the base back without a trace."""

@@ -51,7 +51,7 @@ def test_only_trainable_parameters_are_registered() -> None:
 
     assert module.names == ["trained.weight", "trained.bias"]
     assert [id(p) for p in module.parameters()] == [id(toy.trained.weight), id(toy.trained.bias)]
-    assert list(module.state_dict()) == ["trainable.0", "trainable.1"]
+    assert list(module.state_dict()) == ["parameter_0", "parameter_1"]
     assert not any(isinstance(child, nn.Linear) for child in module.modules())
 
 

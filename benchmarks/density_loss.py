@@ -1,0 +1,275 @@
+"""What the density loss costs: time and memory of a training step, and time of an evaluation.
+
+    python benchmarks/density_loss.py --shape base
+    python benchmarks/density_loss.py --shape xl --quantization nf4 --dtype bfloat16     on a GPU
+
+Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike.
+A ratio is the median over rounds of the ratio within a round. Needs torch, transformers, peft and, for NF4,
+bitsandbytes; neither Ray nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from shapes import SHAPES, build_t5, random_batch
+from store import store, summary
+from torch import Tensor
+
+from deft_ray.density.approximations import L0
+from deft_ray.density.counts import DensityCounts
+from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.models.families import FAMILIES, find_sites
+
+EPSILON = 1e-3
+CHECKPOINTING = ("none", "non-reentrant", "reentrant")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training.
+
+    Args:
+        alpha: Weight of the density loss.
+        fused: Whether the gated block is one function.
+        naive: Dtype in which collected activations become a loss, as the authors' code does it (``None``: our way).
+    """
+
+    alpha: float
+    fused: bool = False
+    naive: str | None = None
+
+
+WAYS = {
+    "peft": Way(0.0),
+    "deft": Way(1.0),
+    "fused_peft": Way(0.0, fused=True),
+    "fused_deft": Way(1.0, fused=True),
+    "naive": Way(1.0, naive="activation"),
+    "naive_float32": Way(1.0, naive="float32"),
+}
+
+
+class Trainer:
+    """A frozen base with LoRA on all linear layers and AdamW: one step at a time, in any way."""
+
+    def __init__(self, base: Any, batch: dict[str, Tensor]) -> None:
+        self.sites = find_sites(base, FAMILIES["t5"])
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=TaskType.SEQ_2_SEQ_LM)
+        self.base, self.model, self.batch = base, get_peft_model(base, config).train(), batch
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
+        self.masks = {"encoder": batch["attention_mask"], "decoder": torch.ones_like(batch["labels"])}
+
+    @contextmanager
+    def checkpointing(self, kind: str) -> Iterator[None]:
+        if kind == "none":
+            yield
+            return
+        reentrant = kind == "reentrant"
+        hooks = []
+        if reentrant:  # its inputs have to require a gradient, or the first block of each stack gets none
+            embeddings = [self.base.encoder.embed_tokens, self.base.decoder.embed_tokens]
+            hooks = [e.register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for e in embeddings[:1]]
+        self.base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        try:
+            yield
+        finally:
+            self.base.gradient_checkpointing_disable()
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def using(self, way: Way) -> Iterator[Callable[[], Tensor]]:
+        """Put on the model what a way needs; gives its forward pass, which returns the loss."""
+        with ExitStack() as stack:
+            if way.naive is not None:
+                yield self._naive(way, stack)
+                return
+            probe = DensityProbe(self.sites, fused=way.fused)
+            stack.callback(probe.remove)
+            weights = {"encoder": way.alpha, "decoder": way.alpha}
+            stack.enter_context(probe.penalising(Penalty(L0(EPSILON), weights, self.masks)))
+            yield lambda: self.model(**self.batch).loss
+
+    def _naive(self, way: Way, stack: ExitStack) -> Callable[[], Tensor]:
+        acts: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
+        for site in self.sites:
+            handle = site.module.register_forward_hook(lambda _m, _i, out, side=site.side: acts[side].append(out))
+            stack.callback(handle.remove)
+
+        def forward() -> Tensor:
+            for side in acts.values():
+                side.clear()
+            loss: Tensor = self.model(**self.batch).loss
+            for side in acts.values():
+                cast = [act.float() if way.naive == "float32" else act for act in side]
+                means = [(act**2 / (act**2 + EPSILON)).mean(dim=[1, 2]) for act in cast]
+                loss = loss + way.alpha * torch.cat(means).mean()
+            return loss
+
+        return forward
+
+    def step(self, forward: Callable[[], Tensor]) -> None:
+        """Train one step."""
+        forward().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def saved_bytes(self, way: Way) -> int:
+        """Bytes that autograd keeps between forward and backward, each storage once, parameters left out."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with self.using(way) as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = forward()
+            total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+            loss.backward()
+        self.optimizer.zero_grad()
+        return total
+
+
+def timed(action: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that an action takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Time every way under every kind of checkpointing, in turn."""
+    figures: dict[str, Any] = {}
+    for kind in CHECKPOINTING:
+        times: dict[str, list[float]] = {name: [] for name in WAYS}
+        peaks: dict[str, float] = {}
+        with trainer.checkpointing(kind):
+            for number in range(rounds + 1):
+                for name, way in WAYS.items():
+                    if device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+                    with trainer.using(way) as forward:
+                        seconds = timed(lambda forward=forward: trainer.step(forward), device)
+                    if number:  # the first round warms up
+                        times[name].append(seconds)
+                    if device.type == "cuda":
+                        peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+        figures[kind] = {
+            "step_s": {name: summary(values) for name, values in times.items()},
+            "over_alpha_0": {
+                "deft": ratio(times["deft"], times["peft"]),
+                "fused_deft": ratio(times["fused_deft"], times["fused_peft"]),
+                "naive": ratio(times["naive"], times["peft"]),
+                "naive_float32": ratio(times["naive_float32"], times["peft"]),
+            },
+            "fused_deft_over_stock_peft": ratio(times["fused_deft"], times["peft"]),
+            **({"peak_memory_gib": peaks} if peaks else {}),
+        }
+    return figures
+
+
+def measure_saved(trainer: Trainer) -> dict[str, Any]:
+    """Bytes kept for the backward pass, of the whole model, and of it per activation of the MLPs."""
+    whole = {name: trainer.saved_bytes(way) for name, way in WAYS.items()}
+    elements = sum(int(mask.numel()) * _d_ff(trainer) * _layers(trainer, side) for side, mask in trainer.masks.items())
+    first = whole["peft"]
+    return {
+        "mib": {name: round(value / 2**20, 1) for name, value in whole.items()},
+        "bytes_per_activation_beyond_peft": {
+            name: round((value - first) / elements, 2) for name, value in whole.items()
+        },
+        "activations": elements,
+    }
+
+
+def _d_ff(trainer: Trainer) -> int:
+    return int(trainer.base.config.d_ff)
+
+
+def _layers(trainer: Trainer, side: str) -> int:
+    return sum(site.side == side for site in trainer.sites)
+
+
+def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Time a forward pass with exact counting and without, in turn."""
+    times: dict[str, list[float]] = {"plain": [], "counting": []}
+    probe = DensityProbe(trainer.sites)
+    trainer.model.eval()
+
+    def plain() -> None:
+        trainer.model(**trainer.batch)
+
+    def counting() -> None:
+        counts = DensityCounts.empty(probe.names, device)
+        with probe.counting(counts, trainer.masks):
+            trainer.model(**trainer.batch)
+        counts.density()
+
+    with torch.no_grad():
+        for number in range(rounds + 1):
+            for name, action in (("plain", plain), ("counting", counting)):
+                seconds = timed(action, device)
+                if number:
+                    times[name].append(seconds)
+    probe.remove()
+    trainer.model.train()
+    return {
+        "forward_s": {name: summary(values) for name, values in times.items()},
+        "counting_over_plain": ratio(times["counting"], times["plain"]),
+    }
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float | int]:
+    """Summary of the ratios within rounds."""
+    return summary([one / other for one, other in zip(above, below, strict=True)])
+
+
+def main() -> None:
+    """Measure all of it and store it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="base")
+    parser.add_argument("--quantization", choices=("none", "nf4"), default="none")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--source", type=int, default=128, help="tokens of a source")
+    parser.add_argument("--target", type=int, default=16, help="tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=7)
+    asked = parser.parse_args()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
+    dtype = getattr(torch, asked.dtype)
+    base = build_t5(asked.shape, quantization=asked.quantization, dtype=dtype, device=device)
+    trainer = Trainer(base, random_batch(asked.rows, asked.source, asked.target, device))
+    figures = {
+        "shape": vars(asked),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "saved_for_backward": measure_saved(trainer),
+        "steps": measure_steps(trainer, device, asked.rounds),
+        "evaluation": measure_evaluation(trainer, device, max(asked.rounds, 9)),
+        "aims": {
+            "step over alpha = 0": "at most 1.03",
+            "bytes beyond alpha = 0": 0,
+            "fused over stock, bytes of the activation part": "at most 0.5",
+            "evaluation with counting": "at most 1.05",
+        },
+    }
+    place = "gpu" if device.type == "cuda" else "cpu"
+    store(f"density_loss_{asked.shape}_{asked.quantization}_{asked.dtype}_{place}", figures)
+
+
+if __name__ == "__main__":
+    main()
