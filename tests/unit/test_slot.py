@@ -346,6 +346,39 @@ def test_layer_scales_without_a_density_loss_are_trained_for_the_task_alone(tria
     assert all(0.5 < value <= 1.0 for value in slot.scales.by_layer().values())
 
 
+def test_a_block_of_the_nano_model_that_ends_at_zero_can_be_taken_out(ranks: Ranks) -> None:
+    base = load_base("nano", "t5")
+    spec = tiny_trial(
+        Path("nano"),
+        "t5",
+        None,
+        "nano-sentiment",
+        data__train_examples=200,
+        data__validation_examples=40,
+        deft__adaptive=True,
+        deft__alpha=0.5,
+        deft__lambda_learning_rate=0.05,
+        train__steps=40,
+        train__batch_size=8,
+        train__learning_rate=2e-3,
+    )
+    slot = Slot(spec, base, load_task(spec.task, spec.data, base), ranks)
+    run(slot)
+    lambdas = slot.lambdas()
+    zeros = [name for name, value in lambdas.items() if value == 0.0]
+    assert 0 < len(zeros) < len(lambdas), lambdas
+
+    slot.model.eval()
+    batch = slot._collate(slot.data.validation[:8]).inputs
+    with torch.no_grad():
+        scaled = slot.model(**batch).logits
+        for name in zeros:
+            side, index = name.split(".")
+            base.model.get_submodule(f"{side}.block.{index}").layer[-1] = torch.nn.Identity()  # type: ignore[operator]
+        removed = slot.model(**batch).logits
+    assert torch.equal(scaled, removed)
+
+
 def test_a_resumed_adaptive_trial_is_the_uninterrupted_one(trial: Trial, open_slot: Any, tmp_path: Path) -> None:
     spec = trial("t5", deft__adaptive=True, deft__alpha=2.0, train__steps=6, train__zero_stage=1)
     whole = open_slot("t5", spec)
