@@ -112,6 +112,21 @@ FAMILY_KINDS: dict[str, tuple[str, ...]] = {
     "roberta": ("classification", "regression"),
 }
 
+#: Leaves of ``adapter`` that each kind of adapter reads.
+ADAPTER_LEAVES: dict[str, tuple[str, ...]] = {
+    "lora": ("r", "lora_alpha", "lora_dropout", "target_modules"),
+    "bottleneck": ("reduction_factor",),
+    "prefix": ("virtual_tokens",),
+    "prompt": ("virtual_tokens",),
+}
+
+#: Kinds of adapter that a model family can take.
+FAMILY_ADAPTERS: dict[str, tuple[str, ...]] = {
+    "t5": ("lora", "bottleneck", "prefix", "prompt"),
+    "bert": ("lora", "bottleneck", "prefix", "prompt"),
+    "roberta": ("lora", "bottleneck", "prefix", "prompt"),
+}
+
 #: Model name of the pretrained model that ships with the package.
 NANO = "nano"
 

@@ -16,10 +16,21 @@ import numpy as np
 import torch
 
 from deft_ray.density.approximations import Approximation
+from deft_ray.density.masks import with_virtual_positions
 from deft_ray.density.probe import DensityProbe, Penalty
-from deft_ray.models.adapters import attach_adapter, detach_adapter, trainable_share
+from deft_ray.models.adapters import (
+    Adapter,
+    Bottleneck,
+    Lora,
+    Prefix,
+    Prompt,
+    attach_adapter,
+    detach_adapter,
+    trainable_share,
+    virtual_positions,
+)
 from deft_ray.models.base import Base
-from deft_ray.spec.schema import DeftSection, TrialSpec
+from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, training_batch
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate
@@ -71,14 +82,12 @@ class Slot:
 
     def _build(self, undo: ExitStack) -> None:
         """Put adapter, probe and engine on the base; whatever fails, ``undo`` takes off what is there."""
-        adapter, train = self.trial.adapter, self.trial.train
+        train = self.trial.train
         self.model = attach_adapter(
             self.base,
+            adapter_of(self.trial.adapter),
             outputs=None if self.base.family.text_to_text else self.data.outputs,
-            r=adapter.r,
-            lora_alpha=adapter.lora_alpha,
-            lora_dropout=adapter.lora_dropout,
-            target_modules=adapter.target_modules,
+            source_tokens=self._source_tokens(),
             gradient_checkpointing=train.gradient_checkpointing,
         )
         undo.callback(detach_adapter, self.model)
@@ -173,6 +182,13 @@ class Slot:
             schedule=train.schedule,
         )
 
+    def _source_tokens(self) -> int:
+        """Longest source that the model will see."""
+        data = self.trial.data
+        if data.padding == "max_length":
+            return data.max_source_tokens
+        return max(len(example.input_ids) for example in (*self.data.train, *self.data.validation))
+
     def _batch_sizes(self, examples: list[Example]) -> dict[str, int]:
         """Real tokens by side, and items of the task loss, of the whole step over all ranks."""
         sizes = {"encoder": sum(len(example.input_ids) for example in examples), "items": len(examples)}
@@ -201,7 +217,19 @@ class Slot:
     def _penalty(self, batch: Batch, shares: dict[str, float], measure: bool) -> Penalty:
         """The density loss of one micro-batch: the mean over ranks undoes ``world``, nothing else scales it."""
         weights = {side: self._alpha[side] * share * self.ranks.world for side, share in shares.items()}
-        return Penalty(self.approximation, weights, batch.masks, measure)
+        masks = with_virtual_positions(batch.masks, virtual_positions(self.model))
+        return Penalty(self.approximation, weights, masks, measure)
+
+
+def adapter_of(section: AdapterSection) -> Adapter:
+    """Return the adapter that a trial asks for."""
+    if section.kind == "bottleneck":
+        return Bottleneck(section.reduction_factor)
+    if section.kind == "prefix":
+        return Prefix(section.virtual_tokens)
+    if section.kind == "prompt":
+        return Prompt(section.virtual_tokens)
+    return Lora(section.r, section.lora_alpha, section.lora_dropout, section.target_modules)
 
 
 def planned_steps(trial: TrialSpec, examples: int) -> int:
