@@ -133,14 +133,15 @@ def _adapter_kind(view: _View) -> Iterator[Fault]:
     family = view.get("model.family")
     able = FAMILY_ADAPTERS.get(family) if isinstance(family, str) else None
     for path, kind in _kinds(view):
-        if able is not None and kind in ADAPTER_LEAVES and kind not in able:
+        if able is not None and kind not in able:
             what = f"the model family '{family}' takes no such adapter (got {show(kind)})"
             yield path, f"{what}; allowed: {', '.join(able)}"
 
 
-def _kinds(view: _View) -> list[tuple[Path, Any]]:
-    """Every kind of adapter that a trial can have, with where it stands."""
-    return _all_values(view, "adapter.kind", "lora")
+def _kinds(view: _View) -> list[tuple[Path, str]]:
+    """Every kind of adapter that a trial can have, with where it stands; none if one of them is no kind at all."""
+    kinds = [] if view.is_broken("adapter.kind") else _all_values(view, "adapter.kind", "lora")
+    return kinds if all(isinstance(kind, str) and kind in ADAPTER_LEAVES for _, kind in kinds) else []
 
 
 def _all_values(view: _View, dotted: str, default: Any) -> list[tuple[Path, Any]]:
@@ -155,9 +156,9 @@ def _all_values(view: _View, dotted: str, default: Any) -> list[tuple[Path, Any]
 def _adapter_leaves(view: _View) -> Iterator[Fault]:
     """A leaf that no trial reads is a misunderstanding; at its default it may stand, as in a spec written back."""
     kinds = list(dict.fromkeys(kind for _, kind in _kinds(view)))
-    if view.is_broken("adapter.kind") or any(kind not in ADAPTER_LEAVES for kind in kinds):
+    if not kinds:
         return
-    read = [leaf for kind in kinds for leaf in ADAPTER_LEAVES[kind]]
+    read = list(dict.fromkeys(leaf for kind in kinds for leaf in ADAPTER_LEAVES[kind]))
     for leaf in sorted({leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves} - set(read)):
         value, default = view.get(f"adapter.{leaf}"), AdapterSection.model_fields[leaf].default
         searched = f"adapter.{leaf}" in view.space

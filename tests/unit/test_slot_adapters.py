@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 
 from deft_ray.models.adapters import Bottleneck, Lora, Prefix, Prompt
 from deft_ray.models.base import Base, load_base
-from deft_ray.spec.schema import AdapterSection, TrialSpec
+from deft_ray.spec.schema import AdapterSection
 from deft_ray.train.host import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot, adapter_of
