@@ -186,11 +186,10 @@ def virtual_positions(model: PeftModel) -> int:
 def detach_adapter(model: PeftModel) -> None:
     """Give the base its own modules back."""
     base: Any = model.get_base_model()
-    if model.active_peft_config.is_prompt_learning:
-        for name, module in list(base.named_children()):
-            if isinstance(module, ModulesToSaveWrapper):
-                setattr(base, name, module.original_module)
-    else:
+    for name, module in list(base.named_children()):
+        if isinstance(module, ModulesToSaveWrapper):  # unload() would leave the trained head, or know nothing of it
+            setattr(base, name, module.original_module)
+    if not model.active_peft_config.is_prompt_learning:
         model.unload()
     vars(base).pop("prepare_inputs_for_generation", None)  # PEFT's generate() leaves it on the instance
     if hasattr(base, "peft_config"):

@@ -134,9 +134,10 @@ def test_switched_off_it_is_the_base(bases: dict[str, Base], name: str, outputs:
 
 
 @pytest.mark.parametrize(("name", "outputs"), FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
 @torch.no_grad()
 def test_it_is_saved_and_reopened_by_plain_peft(
-    tiny_models: dict[str, Path], tmp_path: Path, name: str, outputs: int | None
+    tiny_models: dict[str, Path], tmp_path: Path, name: str, outputs: int | None, options: dict[str, bool]
 ) -> None:
     base = load_base(str(tiny_models[name]), name)
     model = attach(base, outputs)
@@ -148,7 +149,7 @@ def test_it_is_saved_and_reopened_by_plain_peft(
         plain = AutoModelForSeq2SeqLM.from_pretrained(tiny_models[name])
     else:
         plain = AutoModelForSequenceClassification.from_pretrained(tiny_models[name], num_labels=outputs)
-    reopened = PeftModel.from_pretrained(plain, tmp_path).eval()
+    reopened = PeftModel.from_pretrained(plain, tmp_path, **options).eval()
 
     assert isinstance(reopened.peft_config["default"], BottleneckConfig)
     assert torch.equal(reopened(**inputs_of(base)).logits, want)
@@ -183,7 +184,16 @@ def test_two_adapters_on_one_model_stand_side_by_side(tiny_models: dict[str, Pat
 
     assert names == {"other"}
     assert not torch.equal(first["encoder.1"], second["encoder.1"])
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(activations(base, model)["encoder.1"], first["encoder.1"])
     detach_adapter(model)
+
+
+def test_it_cannot_be_merged(tiny_models: dict[str, Path]) -> None:
+    model: Any = attach(load_base(str(tiny_models["bert"]), "bert"), 2)
+    with pytest.raises(NotImplementedError):
+        model.merge_and_unload()
 
 
 def test_weights_are_float32_and_the_result_is_what_the_layer_gives_out() -> None:

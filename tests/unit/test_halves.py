@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from deft_ray.models.adapters import Adapter, Bottleneck, Lora, Prefix, Prompt, attach_adapter, detach_adapter
-from deft_ray.models.base import load_base
+from deft_ray.models.base import Base, load_base
 from deft_ray.models.halves import decode, encode, generate
 
 KINDS: dict[str, Adapter] = {
@@ -27,13 +26,14 @@ MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 7 + [0]])
 LABELS = torch.tensor([[50, 60, 1, -100], [70, 1, -100, -100], [80, 90, 95, 1]])
 
 
-@pytest.fixture(scope="module", params=["none", "nf4"])
-def base(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Any:
-    return load_base(str(tiny_models["t5"]), "t5", quantization=request.param)
+@pytest.fixture(scope="module", params=[("none", "float32"), ("nf4", "float32"), ("nf4", "bfloat16")], ids=" ".join)
+def base(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Base:
+    quantization, dtype = request.param
+    return load_base(str(tiny_models["t5"]), "t5", quantization=quantization, dtype=dtype)
 
 
 @pytest.fixture(params=KINDS)
-def model(request: pytest.FixtureRequest, base: Any) -> Iterator[PeftModel]:
+def model(request: pytest.FixtureRequest, base: Base) -> Iterator[PeftModel]:
     """An adapter that is far from its start."""
     torch.manual_seed(0)
     model = attach_adapter(base, KINDS[request.param], outputs=None).eval()
@@ -61,8 +61,9 @@ def test_the_halves_are_the_whole(model: PeftModel) -> None:
 
 
 @torch.no_grad()
-def test_many_answers_to_one_source(model: PeftModel) -> None:
+def test_many_answers_to_one_source(base: Base, model: PeftModel) -> None:
     """Rows of candidates against one full pass for each."""
+    close = 1e-4 if base.dtype == "float32" else 0.1
     encoded = encode(model, source()).last_hidden_state.repeat_interleave(2, dim=0)
     answers = torch.tensor([[50, 1], [60, 1]]).repeat(3, 1)
     logits = decode(model, encoded, MASK.repeat_interleave(2, dim=0), answers)
@@ -71,7 +72,7 @@ def test_many_answers_to_one_source(model: PeftModel) -> None:
         whole = model(
             **{key: value[row // 2 : row // 2 + 1] for key, value in source().items()}, labels=answers[row : row + 1]
         )
-        torch.testing.assert_close(logits[row], whole.logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[row], whole.logits[0], rtol=close, atol=close)
 
 
 @torch.no_grad()
@@ -85,8 +86,10 @@ def test_answers_are_those_of_pefts_own_generation(model: PeftModel) -> None:
 
 
 @torch.no_grad()
-def test_a_generated_answer_is_the_likeliest_under_teacher_forcing(model: PeftModel) -> None:
+def test_a_generated_answer_is_the_likeliest_under_teacher_forcing(base: Base, model: PeftModel) -> None:
     """Generation and evaluation see one model: each word is the argmax of the decoder that is told the words before."""
+    if base.dtype == "bfloat16":
+        pytest.skip("rounds too coarsely to tell the first from the second")
     encoded = encode(model, source())
     tokens = generate(model, encoded, source(), 5)
     logits = decode(model, encoded.last_hidden_state, MASK, tokens[:, 1:].contiguous())

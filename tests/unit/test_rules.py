@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from deft_ray.spec.catalog import FAMILY_ADAPTERS
+from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.resolve import to_tree
 from deft_ray.spec.rules import Machine, this_machine, touches
+from deft_ray.spec.schema import AdapterSection
 from deft_ray.spec.yaml_tree import Fault
 
 SMALL = Machine(cpus=4, gpus=0)
@@ -100,6 +101,14 @@ def test_a_family_that_no_name_tells_must_be_given() -> None:
 @pytest.mark.parametrize("family", ["t5", "bert", "roberta"])
 def test_every_family_takes_every_kind_of_adapter(family: str, kind: str) -> None:
     assert faults_of(model={"name": "x", "family": family}, data={"tasks": ["rte"]}, adapter={"kind": kind}) == []
+
+
+def test_the_tables_know_the_same_families_and_kinds() -> None:
+    assert FAMILY_ADAPTERS.keys() == FAMILY_KINDS.keys()
+    assert {kind for kinds in FAMILY_ADAPTERS.values() for kind in kinds} == ADAPTER_LEAVES.keys()
+    assert {"kind", *(leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves)} == set(
+        AdapterSection.model_fields
+    )
 
 
 def test_a_family_may_take_some_kinds_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,14 +184,18 @@ def test_a_resumed_trial_is_the_uninterrupted_one(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["t5", "bert"])
-def test_a_closed_slot_is_collected(open_slot: Any, kind: str, name: str) -> None:
-    slot = open_slot(name, kind, "mrpc")
+def test_a_closed_slot_is_collected(
+    bases: dict[str, Base], ranks: Ranks, tiny_models: dict[str, Path], tiny_data: Path, kind: str, name: str
+) -> None:
+    task = "squad" if name == "t5" else "mrpc"
+    spec = tiny_trial(tiny_models[name], name, tiny_data, task, adapter__kind=kind, deft__alpha=1.0)
+    slot = Slot(spec, bases[name], load_task(spec.task, spec.data, bases[name]), ranks)
     slot.step()
     slot.evaluate()
-    watched = [weakref.ref(thing) for thing in (slot.engine, slot.model, *weights(slot.model).values())]
+    adapter = [p for p in slot.model.parameters() if p.requires_grad]
+    watched = [weakref.ref(thing) for thing in (slot, slot.engine, slot.model, *adapter)]
     slot.close()
-    slot.engine = slot.model = slot.probe = None
-    slot._undo = type(slot._undo)()
+    del slot, adapter
     gc.collect()
 
     assert [type(ref()).__name__ for ref in watched if ref() is not None] == []
