@@ -2,58 +2,151 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+)
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from deft_ray.models.base import Base
+from deft_ray.models.bottleneck import BottleneckConfig, hidden_units, output_width
 from deft_ray.models.families import renew_head
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of linear layers.
+
+    Args:
+        r: Rank.
+        lora_alpha: Scale times r.
+        lora_dropout: Dropout on the update's input.
+        target_modules: ``all-linear`` or names of modules.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | list[str]
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A small MLP behind each MLP block, of d_model / ``reduction_factor`` hidden units."""
+
+    reduction_factor: int
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of ``virtual_tokens`` trained tokens before those of each self-attention.
+
+    PEFT puts them into an encoder, and into the decoder of an encoder-decoder; T5's encoder stays as it is.
+    """
+
+    virtual_tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Embeddings of ``virtual_tokens`` trained tokens before the encoder's input; the task head reads the first."""
+
+    virtual_tokens: int
+
+
+Adapter = Lora | Bottleneck | Prefix | Prompt
 
 
 def attach_adapter(
     base: Base,
+    adapter: Adapter,
     *,
     outputs: int | None,
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    target_modules: str | list[str],
+    source_tokens: int = 0,
     gradient_checkpointing: bool = False,
 ) -> PeftModel:
-    """Attach a LoRA adapter, and a task head to an encoder; draws from torch's global random state.
+    """Attach an adapter, and a task head to an encoder; draws from torch's global random state.
 
     Args:
         base: The shared base, without an adapter.
+        adapter: Which, and how large.
         outputs: Classes of an encoder's head (1 for a regression); None for text-to-text models.
-        r: LoRA rank.
-        lora_alpha: LoRA scale times r.
-        lora_dropout: Dropout on LoRA's input.
-        target_modules: ``all-linear`` or names of modules.
-        gradient_checkpointing: Recompute blocks in the backward pass.
+        source_tokens: Longest source that the model will be given; 0 where it does not matter.
+        gradient_checkpointing: Recompute blocks in the backward pass; not with a prefix, which a block computed again
+            would take in twice.
 
     Returns:
         The PEFT model; only its adapter and head are trainable, in float32.
 
     Raises:
-        ValueError: If a target names no module; PEFT alone would pass over it in silence.
+        ValueError: If the adapter does not fit the base: a target names no module (PEFT alone would pass over it in
+            silence), a bottleneck has no hidden unit, or virtual tokens leave too few positions for the source.
     """
-    if isinstance(target_modules, list):
-        _require_targets(base, target_modules)
+    config = _peft_config(base, adapter, source_tokens)
     if outputs is not None:
         renew_head(base.model, base.family, outputs)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation says int, its code takes any number
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        task_type=TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS,
-    )
     model: PeftModel = get_peft_model(base.model, config)
     if gradient_checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})
         base.model.disable_input_require_grads()  # a hook for the reentrant kind, which nobody would take off again
     return model
+
+
+def _peft_config(base: Base, adapter: Adapter, source_tokens: int) -> PeftConfig:
+    task = TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS
+    if isinstance(adapter, Lora):
+        if isinstance(adapter.target_modules, list):
+            _require_targets(base, adapter.target_modules)
+        return LoraConfig(
+            r=adapter.r,
+            lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # PEFT says int, its code takes any number
+            lora_dropout=adapter.lora_dropout,
+            target_modules=adapter.target_modules,
+            task_type=task,
+        )
+    if isinstance(adapter, Bottleneck):
+        names = {module: name for name, module in base.model.named_modules()}
+        for site in base.sites:
+            hidden_units(output_width(site.block.get_submodule(site.output)), adapter.reduction_factor)
+        return BottleneckConfig(
+            reduction_factor=adapter.reduction_factor,
+            target_modules=[f"{names[site.block]}.{site.output}" for site in base.sites],
+            task_type=task,
+        )
+    _require_positions(base, adapter.virtual_tokens, source_tokens)
+    if isinstance(adapter, Prefix):
+        return _prefix_config(base, adapter.virtual_tokens, task)
+    return PromptTuningConfig(
+        num_virtual_tokens=adapter.virtual_tokens,
+        prompt_tuning_init=PromptTuningInit.RANDOM,
+        num_transformer_submodules=1,  # PEFT's 2 for an encoder-decoder adds rows that nothing ever reads
+        task_type=task,
+    )
+
+
+def _prefix_config(base: Base, virtual_tokens: int, task: TaskType) -> PrefixTuningConfig:
+    """Tell PEFT how wide and how many the keys are; for an encoder-decoder it would guess wrong.
+
+    It would take d_model for the keys' width and the encoder's depth for the decoder's. And it deals the trained keys
+    and values out four to a layer, two of them for cross-attention, which it then drops, round a ring of 2 x
+    ``num_layers``: if that is even, layer i shares with layer i + ``num_layers`` / 2 and half of the ring is never
+    read. Round an odd ring every layer comes by its own; at most one layer's worth is left over, which nothing reads.
+    """
+    config, sizes = PrefixTuningConfig(num_virtual_tokens=virtual_tokens, task_type=task), base.model.config
+    if base.family.text_to_text:
+        config.token_dim, config.num_layers = sizes.num_heads * sizes.d_kv, sizes.num_decoder_layers | 1
+    return config
 
 
 def _require_targets(base: Base, target_modules: list[str]) -> None:
@@ -65,10 +158,40 @@ def _require_targets(base: Base, target_modules: list[str]) -> None:
         raise ValueError(f"adapter.target_modules: no module is named {', '.join(lost)}; linear layers here: {there}")
 
 
+def _require_positions(base: Base, virtual_tokens: int, source_tokens: int) -> None:
+    """Virtual tokens take positions, a prefix's too; T5's relative ones do not end."""
+    there = _positions(base)
+    if there is not None and virtual_tokens + source_tokens > there:
+        raise ValueError(
+            f"adapter.virtual_tokens: {virtual_tokens} virtual tokens and sources of up to {source_tokens} tokens take "
+            f"{virtual_tokens + source_tokens} positions, the model has {there}; take fewer virtual tokens or lower "
+            "data.max_source_tokens"
+        )
+
+
+def _positions(base: Base) -> int | None:
+    """Count the learnt positions that a source can take; RoBERTa numbers them from behind its padding token."""
+    for name, module in base.model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def virtual_positions(model: PeftModel) -> int:
+    """Return how many positions the adapter puts before the encoder's input: those of a prompt, else none."""
+    config = model.active_peft_config
+    return int(config.num_virtual_tokens) if isinstance(config, PromptTuningConfig) else 0
+
+
 def detach_adapter(model: PeftModel) -> None:
     """Give the base its own modules back."""
-    model.unload()
     base: Any = model.get_base_model()
+    for name, module in list(base.named_children()):
+        if isinstance(module, ModulesToSaveWrapper):  # unload() would leave the trained head, or know nothing of it
+            setattr(base, name, module.original_module)
+    if not model.active_peft_config.is_prompt_learning:
+        model.unload()
+    vars(base).pop("prepare_inputs_for_generation", None)  # PEFT's generate() leaves it on the instance
     if hasattr(base, "peft_config"):
         del base.peft_config
     base.activation_checkpointing_disable()
@@ -76,6 +199,25 @@ def detach_adapter(model: PeftModel) -> None:
 
 
 def trainable_share(model: PeftModel) -> float:
-    """Trainable parameters over all parameters; 4-bit weights count as the parameters that they hold."""
-    trainable, total = model.get_nb_trainable_parameters()
-    return trainable / total
+    """Trainable parameters over all parameters.
+
+    4-bit weights count as the parameters that they hold. PEFT keeps a frozen copy of an encoder's head beside the one
+    that it trains; the copy is no part of the model and does not count.
+    """
+    copies = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for parameter in module.original_module.parameters()
+    }
+    counts = [
+        (_held_parameters(parameter), parameter.requires_grad)
+        for parameter in model.parameters()
+        if id(parameter) not in copies
+    ]
+    return sum(count for count, trains in counts if trains) / sum(count for count, _ in counts)
+
+
+def _held_parameters(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)

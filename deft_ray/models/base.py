@@ -32,7 +32,6 @@ class Base:
         sites: Where its MLP activations are.
         dtype: Compute dtype by name, as it stands in records.
         activation: Activation module's class name, as it stands in records.
-        never_negative: Whether no activation can be below zero, as after ReLU.
     """
 
     model: PreTrainedModel
@@ -41,7 +40,11 @@ class Base:
     sites: list[Site]
     dtype: str
     activation: str
-    never_negative: bool
+
+    @property
+    def never_negative(self) -> bool:
+        """Whether no activation can be below zero, as after ReLU."""
+        return is_never_negative(self.sites)
 
 
 def load_base(
@@ -94,7 +97,7 @@ def load_base(
     model.config.use_cache = False
     sites = find_sites(model, known)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return Base(model, tokenizer, known, sites, dtype, activation_name(sites), is_never_negative(sites))
+    return Base(model, tokenizer, known, sites, dtype, activation_name(sites))
 
 
 def _require_weights(info: dict[str, Any], name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,71 @@ FAMILY_KINDS: dict[str, tuple[str, ...]] = {
     "bert": ("classification", "regression"),
     "roberta": ("classification", "regression"),
 }
+
+#: Leaves of ``adapter`` that each kind of adapter reads.
+ADAPTER_LEAVES: dict[str, tuple[str, ...]] = {
+    "lora": ("r", "lora_alpha", "lora_dropout", "target_modules"),
+    "bottleneck": ("reduction_factor",),
+    "prefix": ("virtual_tokens",),
+    "prompt": ("virtual_tokens",),
+}
+
+#: Kinds of adapter that a model family can take.
+FAMILY_ADAPTERS: dict[str, tuple[str, ...]] = {
+    "t5": ("lora", "bottleneck", "prefix", "prompt"),
+    "bert": ("lora", "bottleneck", "prefix", "prompt"),
+    "roberta": ("lora", "bottleneck", "prefix", "prompt"),
+}
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """One entry of the paper's "% trainable" column (Runwal et al., arXiv:2402.01911) and what meets it.
+
+    Ranks and targets are not printed there: those here are what the printed share leaves room for.
+
+    Args:
+        model: Public name.
+        settings: Leaves of ``adapter``.
+        percent_printed: As it stands in the paper.
+        percent_here: What such an adapter, and two classes on an encoder's head, come to here.
+        met: ``truncated`` or ``rounded`` to the printed digits, or why it is not met.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    percent_printed: str
+    percent_here: float
+    met: str
+
+
+def _lora(r: int, target_modules: str | list[str]) -> dict[str, Any]:
+    return {"kind": "lora", "r": r, "target_modules": target_modules}
+
+
+def _bottleneck(reduction_factor: int) -> dict[str, Any]:
+    return {"kind": "bottleneck", "reduction_factor": reduction_factor}
+
+
+PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
+    PublishedAdapter("roberta-large", _bottleneck(16), "1.17", 1.17799, "truncated"),
+    PublishedAdapter(
+        "roberta-large", _lora(32, ["query", "value"]), "1.16", 1.17079, "a pooler is counted that is not used"
+    ),
+    PublishedAdapter("roberta-large", {"kind": "prefix", "virtual_tokens": 60}, "1.11", 1.11656, "truncated"),
+    PublishedAdapter("roberta-large", {"kind": "prompt", "virtual_tokens": 60}, "0.31", 0.31317, "truncated"),
+    PublishedAdapter("bert-base-uncased", _bottleneck(16), "1.33", 0.81181, "the head has two layers"),
+    PublishedAdapter("bert-base-uncased", _lora(8, ["query", "value"]), "0.27", 0.27004, "truncated"),
+    PublishedAdapter("bert-base-uncased", {"kind": "prefix", "virtual_tokens": 50}, "0.83", 0.83613, "truncated"),
+    PublishedAdapter("bert-base-uncased", {"kind": "prompt", "virtual_tokens": 50}, "0.03", 0.03647, "truncated"),
+    PublishedAdapter("t5-small", _bottleneck(32), "0.33", 0.33429, "truncated"),
+    PublishedAdapter("t5-small", _lora(16, ["q", "v"]), "0.96", 0.9654, "truncated"),
+    PublishedAdapter("t5-base", _bottleneck(32), "0.40", 0.4038, "truncated"),
+    PublishedAdapter("t5-base", _lora(16, ["q", "v"]), "0.78", 0.78758, "truncated"),
+    PublishedAdapter("flan-t5-base", _lora(16, "all-linear"), "2.67", 2.66667, "rounded"),
+    PublishedAdapter("flan-t5-xl", _bottleneck(16), "0.87", 0.87896, "truncated"),
+    PublishedAdapter("flan-t5-xl", _lora(16, "all-linear"), "1.99", 1.22661, "two 4-bit weights are counted as one"),
+)
 
 #: Model name of the pretrained model that ships with the package.
 NANO = "nano"

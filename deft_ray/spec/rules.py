@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deft_ray.spec.catalog import FAMILY_KINDS, NANO, TASKS
+from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS, NANO, TASKS
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.messages import did_you_mean
+from deft_ray.spec.schema import AdapterSection
 from deft_ray.spec.yaml_tree import Fault, Path, show
 
 
@@ -83,7 +84,9 @@ def check_rules(
         machine: What this machine has; None where the sweep runs on a cluster.
     """
     view = _View(values, space, broken)
-    rules = (_tasks, _family, _files, _approximation, _alpha_schedule, _length, _batch, _baseline, _seeds, _try_first)
+    adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
+    deft = (_approximation, _alpha_schedule)
+    rules = (_tasks, _family, _files, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -125,6 +128,56 @@ def _files(view: _View) -> Iterator[Fault]:
 
 def _is_folder(path: str) -> bool:
     return os.path.isdir(os.path.expanduser(path))
+
+
+def _adapter_kind(view: _View) -> Iterator[Fault]:
+    family = view.get("model.family")
+    able = FAMILY_ADAPTERS.get(family) if isinstance(family, str) else None
+    for path, kind in _kinds(view):
+        if able is not None and kind not in able:
+            what = f"the model family '{family}' takes no such adapter (got {show(kind)})"
+            yield path, f"{what}; allowed: {', '.join(able)}"
+
+
+def _kinds(view: _View) -> list[tuple[Path, str]]:
+    """Every kind of adapter that a trial can have, with where it stands; none if one of them is no kind at all."""
+    kinds = [] if view.is_broken("adapter.kind") else _all_values(view, "adapter.kind", "lora")
+    return kinds if all(isinstance(kind, str) and kind in ADAPTER_LEAVES for _, kind in kinds) else []
+
+
+def _all_values(view: _View, dotted: str, default: Any) -> list[tuple[Path, Any]]:
+    """Every value that a leaf has in some trial or baseline, with where it stands."""
+    values: list[tuple[Path, Any]] = [(tuple(dotted.split(".")), value) for value in view.options(dotted, default)]
+    baseline = view.get("baseline")
+    if isinstance(baseline, dict) and dotted in baseline:
+        values.append((("baseline", dotted), baseline[dotted]))
+    return values
+
+
+def _adapter_leaves(view: _View) -> Iterator[Fault]:
+    """A leaf that no trial reads is a misunderstanding; at its default it may stand, as in a spec written back."""
+    kinds = list(dict.fromkeys(kind for _, kind in _kinds(view)))
+    if not kinds:
+        return
+    read = list(dict.fromkeys(leaf for kind in kinds for leaf in ADAPTER_LEAVES[kind]))
+    for leaf in sorted({leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves} - set(read)):
+        value, default = view.get(f"adapter.{leaf}"), AdapterSection.model_fields[leaf].default
+        searched = f"adapter.{leaf}" in view.space
+        if searched or (value is not None and value != default):
+            got = "searched" if searched else show(value)
+            what = f"means nothing to the kind {' or '.join(kinds)} (got {got})"
+            yield ("adapter", leaf), f"{what}, whose leaves are {', '.join(read)}"
+
+
+def _checkpointing(view: _View) -> Iterator[Fault]:
+    """PEFT hands a prefix over as a cache of keys, and a block adds its own to a cache each time that it runs."""
+    if any(kind == "prefix" for _, kind in _kinds(view)):
+        for path, value in _all_values(view, "train.gradient_checkpointing", False):
+            if value is True:
+                others = ", ".join(kind for kind in ADAPTER_LEAVES if kind != "prefix")
+                what = "does not go with the adapter kind 'prefix': a block that runs twice would see its keys twice"
+                yield path, f"{what} (got true); allowed: false, or one of {others} as adapter.kind"
+                return
 
 
 def _approximation(view: _View) -> Iterator[Fault]:

@@ -58,13 +58,15 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """The trained part."""
+    """The trained part; which leaves a kind has, :data:`~deft_ray.spec.catalog.ADAPTER_LEAVES` says."""
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "bottleneck", "prefix", "prompt"] = "lora"
     r: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    reduction_factor: Positive = 16
+    virtual_tokens: Positive = 60
 
 
 class DeftSection(Section):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deft_ray.density.masks import with_virtual_positions
 from deft_ray.tasks.encoding import Example
 
 IGNORED = -100
@@ -114,6 +115,7 @@ def training_batch(
     source_length: int | None = None,
     target_length: int | None = None,
     count_padding: bool = False,
+    virtual: int = 0,
 ) -> Batch:
     """Collate examples for training.
 
@@ -126,6 +128,7 @@ def training_batch(
         source_length: Pad sources to this; to the longest if None.
         target_length: Pad answers to this; to the longest if None.
         count_padding: Whether the density loss counts padding, as the authors' code does.
+        virtual: Positions that a prompt puts before each source.
     """
     inputs = source_tensors(examples, pad_id, source_length, device)
     masks = {"encoder": inputs["attention_mask"]}
@@ -137,12 +140,14 @@ def training_batch(
         inputs["labels"] = (labels.float() if regression else labels.long()).to(device)
     if count_padding:
         masks = {side: torch.ones_like(mask) for side, mask in masks.items()}
+    masks = with_virtual_positions(masks, virtual, counted=count_padding)
     sizes = batch_sizes(
         examples,
         text_to_text=text_to_text,
         source_length=source_length,
         target_length=target_length,
         count_padding=count_padding,
+        virtual=virtual,
     )
     items = sizes.pop("items")
     return Batch(inputs, masks, sizes, items)
@@ -155,13 +160,18 @@ def batch_sizes(
     source_length: int | None = None,
     target_length: int | None = None,
     count_padding: bool = False,
+    virtual: int = 0,
 ) -> dict[str, int]:
-    """Count what :func:`training_batch` would hold: tokens that the density loss counts by side, and ``items``."""
+    """Count what :func:`training_batch` would hold: tokens that the density loss counts by side, and ``items``.
+
+    Where padding counts, so do the ``virtual`` positions that a prompt puts before each source.
+    """
 
     def count(lengths: list[int], fixed: int | None) -> int:
         return max(fixed or 0, *lengths) * len(lengths) if count_padding else sum(lengths)
 
     sizes = {"encoder": count([len(example.input_ids) for example in examples], source_length)}
+    sizes["encoder"] += virtual * len(examples) if count_padding else 0
     if not text_to_text:
         return {**sizes, "items": len(examples)}
     answers = [len(example.target_ids) for example in examples]

@@ -4,7 +4,7 @@ Text-to-text classes are scored by likelihood: the answer whose tokens are most 
 decoder runs once over all candidate answers; density counts the rows of the true answer only, which is what teacher
 forcing sees. Questions are answered by greedy generation; density is counted under teacher forcing beside it.
 
-Shape suffixes: B batch, C candidates, T tokens, V vocabulary.
+Shape suffixes: B batch, C candidates, D d_model, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
 from deft_ray.density.counts import DensityCounts
+from deft_ray.density.masks import with_virtual_positions
 from deft_ray.density.probe import DensityProbe
+from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
+from deft_ray.models.halves import decode, encode, generate
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.scoring import score_answers, score_labels
 from deft_ray.train.batches import IGNORED, pad, source_tensors
@@ -120,15 +122,15 @@ class Evaluator:
 
     def _predict(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
         source = source_tensors(examples, self._pad_id, self.source_length, self.ranks.device)
-        masks = {"encoder": source["attention_mask"]}
+        masks = with_virtual_positions({"encoder": source["attention_mask"]}, virtual_positions(self.model))
         if not self.base.family.text_to_text:
             with self.probe.counting(counts, masks):
                 logits = self.model(**source).logits.float()
             return _finite_or_nan(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(dim=-1), logits)
         with self.probe.counting(counts, masks):
-            encoded = self.base.model.get_encoder()(**source)
+            encoded = encode(self.model, source)
         if self.data.task.kind == "question":
-            return self._generate(examples, source["attention_mask"], encoded, counts)
+            return self._generate(examples, source, encoded, counts)
         return self._choose(examples, source["attention_mask"], encoded, counts)
 
     def _choose(
@@ -140,11 +142,8 @@ class Evaluator:
         gold = torch.tensor([self.data.candidates.index(example.target_ids) for example in examples])
         is_gold = torch.nn.functional.one_hot(gold, width).reshape(-1, 1).to(labels.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long() * is_gold}):
-            logits = self.model(
-                encoder_outputs=BaseModelOutput(encoded.last_hidden_state.repeat_interleave(width, dim=0)),
-                attention_mask=mask_BT.repeat_interleave(width, dim=0),
-                labels=labels,
-            ).logits
+            encoded_BTD = encoded.last_hidden_state.repeat_interleave(width, dim=0)
+            logits = decode(self.model, encoded_BTD, mask_BT.repeat_interleave(width, dim=0), labels)
         likelihood_BC = token_log_likelihood(logits, labels).reshape(rows, width)
         values = torch.tensor(self.data.values, device=likelihood_BC.device)
         if self.data.task.kind == "regression":
@@ -152,22 +151,14 @@ class Evaluator:
         return _finite_or_nan(values[likelihood_BC.argmax(dim=-1)], likelihood_BC)
 
     def _generate(
-        self, examples: list[Example], mask_BT: Tensor, encoded: Any, counts: DensityCounts
+        self, examples: list[Example], source: dict[str, Tensor], encoded: Any, counts: DensityCounts
     ) -> list[Prediction]:
         labels = pad([example.target_ids for example in examples], IGNORED).to(self.ranks.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
-            logits = self.model(encoder_outputs=encoded, attention_mask=mask_BT, labels=labels).logits
+            logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels)
         if logits.isnan().any():
             return [math.nan] * len(examples)
-        model: Any = self.base.model
-        tokens = model.generate(
-            encoder_outputs=encoded,
-            attention_mask=mask_BT,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-        )
+        tokens = generate(self.model, encoded, source, self.max_new_tokens)
         texts: list[Prediction] = list(self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True))
         return texts
 

@@ -20,9 +20,19 @@ from deft_ray.density.approximations import Approximation, build_approximation
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.density.scales import LayerScales
 from deft_ray.density.schedules import alpha_share, epsilon_at
-from deft_ray.models.adapters import attach_adapter, detach_adapter, trainable_share
+from deft_ray.models.adapters import (
+    Adapter,
+    Bottleneck,
+    Lora,
+    Prefix,
+    Prompt,
+    attach_adapter,
+    detach_adapter,
+    trainable_share,
+    virtual_positions,
+)
 from deft_ray.models.base import Base
-from deft_ray.spec.schema import DeftSection, TrialSpec
+from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
@@ -78,14 +88,12 @@ class Slot:
 
     def _build(self, undo: ExitStack) -> None:
         """Put adapter, probe and engine on the base; whatever fails, ``undo`` takes off what is there."""
-        adapter, train = self.trial.adapter, self.trial.train
+        train = self.trial.train
         self.model = attach_adapter(
             self.base,
+            adapter_of(self.trial.adapter),
             outputs=None if self.base.family.text_to_text else self.data.outputs,
-            r=adapter.r,
-            lora_alpha=adapter.lora_alpha,
-            lora_dropout=adapter.lora_dropout,
-            target_modules=adapter.target_modules,
+            source_tokens=self._source_tokens(),
             gradient_checkpointing=train.gradient_checkpointing,
         )
         undo.callback(detach_adapter, self.model)
@@ -223,6 +231,13 @@ class Slot:
         sizes = [batch_sizes(part, **self._collation) for part in parts]
         return {name: sum(size[name] for size in sizes) for name in sizes[0]}
 
+    def _source_tokens(self) -> int:
+        """Longest source that the model will see."""
+        data = self.trial.data
+        if data.padding == "max_length":
+            return data.max_source_tokens
+        return max(len(example.input_ids) for example in (*self.data.train, *self.data.validation))
+
     def _parts(self, examples: list[Example], rank: int) -> list[list[Example]]:
         """Cut a rank's part of a step into its micro-batches."""
         share = len(examples) // self.ranks.world
@@ -247,7 +262,19 @@ class Slot:
             "source_length": data.max_source_tokens if fixed else None,
             "target_length": data.max_target_tokens if fixed else None,
             "count_padding": self.trial.deft.count_padding,
+            "virtual": virtual_positions(self.model),
         }
+
+
+def adapter_of(section: AdapterSection) -> Adapter:
+    """Return the adapter that a trial asks for."""
+    if section.kind == "bottleneck":
+        return Bottleneck(section.reduction_factor)
+    if section.kind == "prefix":
+        return Prefix(section.virtual_tokens)
+    if section.kind == "prompt":
+        return Prompt(section.virtual_tokens)
+    return Lora(section.r, section.lora_alpha, section.lora_dropout, section.target_modules)
 
 
 def planned_steps(trial: TrialSpec, examples: int) -> int:

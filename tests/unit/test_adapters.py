@@ -11,11 +11,29 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from deft_ray.models.adapters import attach_adapter, detach_adapter, trainable_share
+from deft_ray.models.adapters import (
+    Adapter,
+    Bottleneck,
+    Lora,
+    Prefix,
+    Prompt,
+    attach_adapter,
+    detach_adapter,
+    trainable_share,
+    virtual_positions,
+)
 from deft_ray.models.base import Base, load_base
 
-R = 4
+R, P, FACTOR = 4, 5, 16
+LORA = Lora(R, 8.0, 0.0, "all-linear")
+KINDS: dict[str, Adapter] = {
+    "lora": LORA,
+    "bottleneck": Bottleneck(FACTOR),
+    "prefix": Prefix(P),
+    "prompt": Prompt(P),
+}
 FAMILIES = [("t5", None), ("bert", 3), ("roberta", 1)]
+EVERY = [(kind, name, outputs) for kind in KINDS for name, outputs in FAMILIES]
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
@@ -23,10 +41,9 @@ def bases(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
     return {name: load_base(str(tiny_models[name]), name, quantization=request.param) for name, _ in FAMILIES}
 
 
-def attach(base: Base, outputs: int | None, seed: int = 0, **options: Any) -> PeftModel:
+def attach(base: Base, outputs: int | None, adapter: Adapter = LORA, *, seed: int = 0, **options: Any) -> PeftModel:
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {"r": R, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    return attach_adapter(base, outputs=outputs, **{**settings, **options})
+    return attach_adapter(base, adapter, outputs=outputs, **options)
 
 
 def inputs_of(base: Base) -> dict[str, Tensor]:
@@ -34,14 +51,19 @@ def inputs_of(base: Base) -> dict[str, Tensor]:
     return {"input_ids": ids, **({"labels": ids[:, :3].contiguous()} if base.family.text_to_text else {})}
 
 
-def answers(base: Base, model: Any = None) -> Tensor:
-    """Logits before any head: of the T5, or an encoder's hidden states."""
-    model = model or base.model
-    model.eval()
+def answers(base: Base) -> Tensor:
+    """What the base says without any head of a trial: logits of the T5, or an encoder's hidden states."""
+    base.model.eval()
     with torch.no_grad():
         if base.family.text_to_text:
-            return model(**inputs_of(base)).logits
-        return model(**inputs_of(base), output_hidden_states=True).hidden_states[-1]
+            return base.model(**inputs_of(base)).logits
+        return base.model(**inputs_of(base), output_hidden_states=True).hidden_states[-1]
+
+
+def logits(base: Base, model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(**inputs_of(base)).logits
 
 
 def state(base: Base) -> dict[str, Tensor]:
@@ -59,17 +81,24 @@ def train_a_little(base: Base, model: PeftModel, outputs: int | None) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("name", "outputs"), FAMILIES)
+@pytest.mark.parametrize(("kind", "name", "outputs"), EVERY)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_base_is_bit_identical_after_a_trained_adapter(
-    bases: dict[str, Base], name: str, outputs: int | None, checkpointing: bool
+    bases: dict[str, Base], kind: str, name: str, outputs: int | None, checkpointing: bool
 ) -> None:
+    if kind == "prefix" and checkpointing:
+        pytest.skip("refused by a rule of the spec")
     base = bases[name]
     before, said, modules = state(base), answers(base), [key for key, _ in base.model.named_modules()]
     hooks = hook_count(base)
-    model = attach(base, outputs, gradient_checkpointing=checkpointing)
+    model = attach(base, outputs, KINDS[kind], gradient_checkpointing=checkpointing)
+    fresh = logits(base, model)
+    model.train()
     train_a_little(base, model, outputs)
-    assert not torch.equal(answers(base), said), "the adapter must have done something"
+    assert not torch.equal(logits(base, model), fresh), "the adapter must have done something"
+    if base.family.text_to_text:
+        ids = inputs_of(base)["input_ids"]
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
     detach_adapter(model)
 
     after = state(base)
@@ -77,10 +106,12 @@ def test_base_is_bit_identical_after_a_trained_adapter(
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(answers(base), said)
     assert hook_count(base) == hooks
+    assert "prepare_inputs_for_generation" not in vars(base.model)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not base.model.is_activation_checkpointing
     without_head = [key for key in modules if "classifier" not in key]
     assert [key for key, _ in base.model.named_modules() if "classifier" not in key] == without_head
+    assert not any("modules_to_save" in key for key, _ in base.model.named_modules())
 
 
 def hook_count(base: Base) -> int:
@@ -92,18 +123,22 @@ def hook_count(base: Base) -> int:
     )
 
 
-@pytest.mark.parametrize(("name", "outputs"), FAMILIES)
-def test_a_second_adapter_does_not_see_the_first(bases: dict[str, Base], name: str, outputs: int | None) -> None:
+@pytest.mark.parametrize(("kind", "name", "outputs"), EVERY)
+def test_a_second_adapter_does_not_see_the_first(
+    bases: dict[str, Base], kind: str, name: str, outputs: int | None
+) -> None:
     base = bases[name]
-    alone = attach(base, outputs, seed=5)
+    alone = attach(base, outputs, KINDS[kind], seed=5)
     train_a_little(base, alone, outputs)
     want = trained(alone)
     detach_adapter(alone)
 
-    first = attach(base, outputs, seed=1, r=2, target_modules=["q", "v"] if name == "t5" else ["query", "value"])
-    train_a_little(base, first, outputs)
-    detach_adapter(first)
-    second = attach(base, outputs, seed=5)
+    targets = ["q", "v"] if name == "t5" else ["query", "value"]
+    for other in (Lora(2, 8.0, 0.0, targets), Bottleneck(4), Prefix(3), Prompt(2)):
+        first = attach(base, outputs, other, seed=1)
+        train_a_little(base, first, outputs)
+        detach_adapter(first)
+    second = attach(base, outputs, KINDS[kind], seed=5)
     train_a_little(base, second, outputs)
     got = trained(second)
     names = list(second.peft_config)
@@ -118,44 +153,55 @@ def trained(model: PeftModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("name", "outputs"), FAMILIES)
-def test_the_seed_alone_decides_the_start(bases: dict[str, Base], name: str, outputs: int | None) -> None:
+@pytest.mark.parametrize(("kind", "name", "outputs"), EVERY)
+def test_the_seed_alone_decides_the_start(bases: dict[str, Base], kind: str, name: str, outputs: int | None) -> None:
     starts = []
     for seed in (3, 3, 4):
-        model = attach(bases[name], outputs, seed=seed)
+        model = attach(bases[name], outputs, KINDS[kind], seed=seed)
         starts.append(trained(model))
         detach_adapter(model)
 
     assert all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0])
     assert any(not torch.equal(starts[0][key], starts[2][key]) for key in starts[0])
-    assert not any(start[key].any() for start in starts for key in start if "lora_B" in key)
+    zero = [key for key in starts[0] if "lora_B" in key or "bottleneck_up" in key]
+    assert bool(zero) == (kind in ("lora", "bottleneck"))
+    assert not any(start[key].any() for start in starts for key in zero)
 
 
-@pytest.mark.parametrize(("name", "outputs"), FAMILIES)
+@pytest.mark.parametrize(("kind", "name", "outputs"), EVERY)
 def test_only_adapter_and_head_train_in_float32_and_are_counted(
-    bases: dict[str, Base], name: str, outputs: int | None
+    bases: dict[str, Base], kind: str, name: str, outputs: int | None
 ) -> None:
-    model = attach(bases[name], outputs)
+    """The share is of the parameters that the tiny models have by their shapes, NF4 or not."""
+    model = attach(bases[name], outputs, KINDS[kind])
     names = [key for key, p in model.named_parameters() if p.requires_grad]
     share = trainable_share(model)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     detach_adapter(model)
 
-    assert all("lora_" in key or "classifier.modules_to_save" in key for key in names)
+    own = {"lora": "lora_", "bottleneck": "bottleneck_"}.get(kind, "prompt_encoder.")
+    assert all(own in key or "classifier.modules_to_save" in key for key in names)
     assert dtypes == {torch.float32}
-    adapter, frozen = own_count(name, outputs)
-    assert share == pytest.approx(adapter / (adapter + frozen), rel=1e-12)
+    adapter, frozen, head = own_count(kind, name, outputs)
+    assert share == pytest.approx((adapter + head) / (adapter + frozen + head), rel=1e-12)
 
 
-def own_count(name: str, outputs: int | None) -> tuple[int, int]:
-    """(trainable, frozen) parameters of the tiny models, from their shapes."""
-    vocabulary, d, ff = 512, 64, 128
+def own_count(kind: str, name: str, outputs: int | None) -> tuple[int, int, int]:
+    """(adapter, frozen base, head) parameters of the tiny models, from their shapes."""
+    vocabulary, d, ff, width = 512, 64, 128, 64 // FACTOR
     lora = {"square": R * (d + d), "up": R * (d + ff), "down": R * (ff + d)}
+    bottleneck = d * width + width + width * d + d
+    layers = 3 if name == "t5" else 2  # two, and what is left over of an odd ring
+    virtual = {"prefix": P * 2 * layers * d, "prompt": P * d}  # keys and values; embeddings
     if name == "t5":
         attentions, mlps, norms = 6, 4, 2 * 2 + 2 * 3 + 2
-        trainable = attentions * 4 * lora["square"] + mlps * (2 * lora["up"] + lora["down"])
+        adapter = {
+            "lora": attentions * 4 * lora["square"] + mlps * (2 * lora["up"] + lora["down"]),
+            "bottleneck": mlps * bottleneck,
+            **virtual,
+        }
         biases = 2 * 32 * 4
-        return trainable, 2 * vocabulary * d + attentions * 4 * d * d + mlps * 3 * d * ff + norms * d + biases
+        return adapter[kind], 2 * vocabulary * d + attentions * 4 * d * d + mlps * 3 * d * ff + norms * d + biases, 0
     assert outputs is not None
     layer_lora = 4 * lora["square"] + lora["up"] + lora["down"]
     layer = 4 * (d * d + d) + (d * ff + ff) + (ff * d + d) + 2 * 2 * d
@@ -163,44 +209,200 @@ def own_count(name: str, outputs: int | None) -> tuple[int, int]:
     embeddings = (vocabulary + positions + types) * d + 2 * d
     head = d * outputs + outputs if name == "bert" else d * d + d + d * outputs + outputs
     pooler, pooler_lora = (d * d + d, lora["square"]) if name == "bert" else (0, 0)
-    # PEFT keeps the head twice: the one trained and the frozen one that it was copied from.
-    return 2 * layer_lora + pooler_lora + head, embeddings + 2 * layer + pooler + head
+    adapter = {"lora": 2 * layer_lora + pooler_lora, "bottleneck": 2 * bottleneck, **virtual}
+    return adapter[kind], embeddings + 2 * layer + pooler, head
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_every_trial_has_a_fresh_head_of_its_size(bases: dict[str, Base], name: str) -> None:
+def test_every_trial_has_a_fresh_head_of_its_size(bases: dict[str, Base], kind: str, name: str) -> None:
     base = bases[name]
     for outputs in (2, 3, 1):
-        model = attach(base, outputs)
-        model.eval()
-        assert model(**inputs_of(base)).logits.shape == (3, outputs)
+        model = attach(base, outputs, KINDS[kind])
+        assert logits(base, model).shape == (3, outputs)
         detach_adapter(model)
 
 
-def test_target_modules_that_are_not_there_leave_the_base_usable(bases: dict[str, Base]) -> None:
-    base = bases["t5"]
+@pytest.mark.parametrize(("kind", "name", "outputs"), EVERY)
+def test_every_part_of_an_adapter_has_a_gradient(
+    bases: dict[str, Base], kind: str, name: str, outputs: int | None
+) -> None:
+    """Every virtual token, and of a prefix the key and value in every layer."""
+    base = bases[name]
+    model = attach(base, outputs, KINDS[kind])
+    dice = torch.Generator().manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key or "bottleneck_up" in key:
+            parameter.data.normal_(std=0.05, generator=dice)
+    inputs = inputs_of(base)
+    if outputs is not None:
+        inputs["labels"] = torch.tensor([0.0, 1.0, 2.0] if outputs == 1 else [0, 1, 2])
+    model.eval()
+    loss = model(**inputs).loss
+    loss.backward()
+    grads = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    detach_adapter(model)
+
+    assert torch.isfinite(loss)
+    # BERT reads its first token alone: of the last layer's queries and MLP that is enough for every weight.
+    for key, grad in grads.items():
+        assert grad is not None, key
+        assert torch.isfinite(grad).all(), key
+        assert grad.any(), key
+    if kind in ("prefix", "prompt"):
+        by_token = grads["prompt_encoder.default.embedding.weight"].reshape(P, -1, 64)  # type: ignore[union-attr]
+        # A key and a value for each of two layers; a T5's ring of three layers has a third that nobody reads.
+        used = {"prompt": [True]}.get(kind, [True, True, False, False, True, True] if name == "t5" else [True] * 4)
+        assert by_token.any(dim=-1).tolist() == [used] * P
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "t5"])
+def test_a_prefix_does_not_see_padding(tiny_models: dict[str, Path], name: str) -> None:
+    """A row says the same in a padded batch and by itself, so virtual tokens and padding are kept apart."""
+    base = load_base(str(tiny_models[name]), name)
+    for adapter in (Prefix(P), Prompt(P)):
+        model = attach(base, None if name == "t5" else 3, adapter).eval()
+        ids = torch.arange(24).reshape(3, 8) + 40
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        labels = {"labels": ids[:, :3].contiguous()} if name == "t5" else {}
+        with torch.no_grad():
+            together = model(input_ids=ids.where(mask.bool(), 1), attention_mask=mask, **labels).logits[1]
+            alone = model(
+                input_ids=ids[1:2, :5], attention_mask=mask[1:2, :5], **{key: v[1:2] for key, v in labels.items()}
+            ).logits[0]
+        detach_adapter(model)
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("t5", 2), ("t5", 3), ("t5", 4), ("bert", 2), ("roberta", 2)])
+@torch.no_grad()
+def test_every_layer_has_a_prefix_of_its_own(tiny_models: dict[str, Path], name: str, layers: int) -> None:
+    """What PEFT hands to the model, layer by layer, is all different."""
+    base = load_base(str(tiny_models[name]), name)
+    if name == "t5":
+        base = deeper_decoder(base, layers)
+    model = attach(base, None if name == "t5" else 2, Prefix(P))
+    cache = model.get_prompt(batch_size=1)
+    own = getattr(cache, "self_attention_cache", cache).layers
+    tensors = [tensor for layer in own[:layers] for tensor in (layer.keys, layer.values)]
+
+    assert len(tensors) == 2 * layers
+    assert all(tensor.shape == (1, 4, P, 16) for tensor in tensors)
+    assert not any(torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
+
+
+def deeper_decoder(base: Base, layers: int) -> Base:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(**{**base.model.config.to_dict(), "num_decoder_layers": layers}))
+    model.config.use_cache = False
+    return Base(model, base.tokenizer, base.family, [], "float32", "x")
+
+
+def test_a_prefix_is_as_deep_as_the_decoder_and_as_wide_as_its_keys(tiny_models: dict[str, Path]) -> None:
+    """Not as the encoder, and not as d_model: T5 has models where these differ."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    base = load_base(str(tiny_models["t5"]), "t5")
+    config = T5Config(
+        **{**base.model.config.to_dict(), "num_layers": 1, "num_decoder_layers": 3, "d_kv": 8, "num_heads": 2}
+    )
+    odd = T5ForConditionalGeneration(config)
+    odd.config.use_cache = False
+    model = attach(Base(odd, base.tokenizer, base.family, [], "float32", "x"), None, Prefix(P))
+
+    assert model.prompt_encoder["default"].embedding.weight.shape == (P, 3 * 2 * 16)
+    assert model(**inputs_of(base)).logits.shape == (3, 3, 512)
+
+
+def test_only_a_prompt_takes_positions_before_the_input(bases: dict[str, Base]) -> None:
+    for kind, adapter in KINDS.items():
+        model = attach(bases["t5"], None, adapter)
+        assert virtual_positions(model) == (P if kind == "prompt" else 0)
+        detach_adapter(model)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "source_tokens", "message"),
+    [
+        (
+            "t5",
+            Lora(R, 8.0, 0.0, ["query"]),
+            0,
+            r"^adapter\.target_modules: no module is named query; linear layers here: k, ",
+        ),
+        (
+            "t5",
+            Bottleneck(65),
+            0,
+            r"^adapter\.reduction_factor: leaves no hidden unit of a width of 64 \(got 65\), at most 64 is allowed$",
+        ),
+        (
+            "bert",
+            Prompt(13),
+            500,
+            r"^adapter\.virtual_tokens: 13 virtual tokens and sources of up to 500 tokens take 513 positions, the "
+            r"model has 512; take fewer virtual tokens or lower data\.max_source_tokens$",
+        ),
+        (
+            "roberta",
+            Prefix(13),
+            500,
+            r"^adapter\.virtual_tokens: 13 virtual tokens and sources of up to 500 tokens take 513 positions, the "
+            r"model has 512; take fewer virtual tokens or lower data\.max_source_tokens$",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_leaves_the_base_usable(
+    bases: dict[str, Base], name: str, adapter: Adapter, source_tokens: int, message: str
+) -> None:
+    base = bases[name]
+    outputs = None if name == "t5" else 2
     said, hooks = answers(base), hook_count(base)
-    with pytest.raises(ValueError, match=r"target_modules: no module is named query; linear layers here: k, "):
-        attach(base, None, target_modules=["query"])
+    with pytest.raises(ValueError, match=message):
+        attach(base, outputs, adapter, source_tokens=source_tokens)
 
     assert torch.equal(answers(base), said)
     assert hook_count(base) == hooks
-    model = attach(base, None)
+    model = attach(base, outputs)
     assert list(model.peft_config) == ["default"]
     detach_adapter(model)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("adapter", [Prefix(12), Prompt(12)])
+def test_virtual_tokens_and_source_may_fill_all_positions(
+    tiny_models: dict[str, Path], name: str, adapter: Adapter
+) -> None:
+    base = load_base(str(tiny_models[name]), name)
+    model = attach(base, 2, adapter, source_tokens=500).eval()
+    ids = torch.full((1, 500), 40)
+    assert torch.isfinite(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
+    with pytest.raises((IndexError, RuntimeError)):  # one more and the model itself fails, without saying why
+        model(input_ids=torch.full((1, 501), 40), attention_mask=torch.ones(1, 501))
+    detach_adapter(model)
+
+
+def test_relative_positions_do_not_end(bases: dict[str, Base]) -> None:
+    detach_adapter(attach(bases["t5"], None, Prompt(P), source_tokens=100_000))
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize(("name", "outputs"), FAMILIES)
+@pytest.mark.parametrize(("kind", "name", "outputs"), EVERY)
 def test_a_bfloat16_base_trains_with_a_float32_adapter(
-    tiny_models: dict[str, Path], name: str, outputs: int | None, quantization: str
+    tiny_models: dict[str, Path], kind: str, name: str, outputs: int | None, quantization: str
 ) -> None:
     base = load_base(str(tiny_models[name]), name, dtype="bfloat16", quantization=quantization)
-    model = attach(base, outputs)
+    model = attach(base, outputs, KINDS[kind])
     before = trained(model)
     train_a_little(base, model, outputs)
     after = trained(model)
 
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     assert all(torch.isfinite(weight).all() for weight in after.values())
-    assert any(not torch.equal(before[key], after[key]) for key in before)
+    own = [key for key in before if "classifier" not in key]
+    assert any(not torch.equal(before[key], after[key]) for key in own)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS
 from deft_ray.spec.loading import check_tree
+from deft_ray.spec.resolve import to_tree
 from deft_ray.spec.rules import Machine, this_machine, touches
+from deft_ray.spec.schema import AdapterSection
 from deft_ray.spec.yaml_tree import Fault
 
 SMALL = Machine(cpus=4, gpus=0)
@@ -89,6 +92,119 @@ def test_a_family_that_no_name_tells_must_be_given() -> None:
     assert faults_of(model={"name": "org/model"}) == [(("model", "family"), message)]
     assert faults_of(model={"name": "org/model", "family": "bert"}) == []
     assert faults_of(model={"name": 5}) == [(("model", "name"), "must be a text (got 5)")]
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "prefix", "prompt"])
+@pytest.mark.parametrize("family", ["t5", "bert", "roberta"])
+def test_every_family_takes_every_kind_of_adapter(family: str, kind: str) -> None:
+    assert faults_of(model={"name": "x", "family": family}, data={"tasks": ["rte"]}, adapter={"kind": kind}) == []
+
+
+def test_the_tables_know_the_same_families_and_kinds() -> None:
+    assert FAMILY_ADAPTERS.keys() == FAMILY_KINDS.keys()
+    assert {kind for kinds in FAMILY_ADAPTERS.values() for kind in kinds} == ADAPTER_LEAVES.keys()
+    assert {"kind", *(leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves)} == set(
+        AdapterSection.model_fields
+    )
+
+
+def test_a_family_may_take_some_kinds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILY_ADAPTERS, "t5", ("lora", "bottleneck"))
+    what = "the model family 't5' takes no such adapter"
+    fault = f'{what} (got "prefix"); allowed: lora, bottleneck'
+    assert faults_of(adapter={"kind": "prefix"}) == [(("adapter", "kind"), fault)]
+    assert faults_of(adapter={"kind": "lora"}) == []
+    searched = {"kind": {"choice": ["lora", "prompt"]}}
+    fault = f'{what} (got "prompt"); allowed: lora, bottleneck'
+    assert faults_of(adapter=searched, baseline={"adapter.kind": "lora"}) == [(("adapter", "kind"), fault)]
+    searched = {"kind": {"choice": ["lora", "bottleneck"]}}
+    faults = faults_of(adapter=searched, baseline={"adapter.kind": "prompt"})
+    assert faults == [(("baseline", "adapter.kind"), fault)]
+
+
+@pytest.mark.parametrize("kind", ["deft", ["lora"], {"a": 1, "b": 2}, 5, None])
+def test_a_kind_that_is_none_is_told_once(kind: Any) -> None:
+    faults = faults_of(adapter={"kind": kind, "virtual_tokens": 3})
+    assert [path for path, _ in faults] == [("adapter", "kind")]
+
+
+LORA_LEAVES = "r, lora_alpha, lora_dropout, target_modules"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "leaf", "message"),
+    [
+        (
+            {"virtual_tokens": 30},
+            "virtual_tokens",
+            f"means nothing to the kind lora (got 30), whose leaves are {LORA_LEAVES}",
+        ),
+        (
+            {"reduction_factor": 8},
+            "reduction_factor",
+            f"means nothing to the kind lora (got 8), whose leaves are {LORA_LEAVES}",
+        ),
+        (
+            {"kind": "bottleneck", "target_modules": ["q"]},
+            "target_modules",
+            'means nothing to the kind bottleneck (got ["q"]), whose leaves are reduction_factor',
+        ),
+        ({"kind": "prefix", "r": 4}, "r", "means nothing to the kind prefix (got 4), whose leaves are virtual_tokens"),
+        (
+            {"kind": "prompt", "lora_alpha": {"uniform": [1, 64]}},
+            "lora_alpha",
+            "means nothing to the kind prompt (got searched), whose leaves are virtual_tokens",
+        ),
+        (
+            {"kind": {"choice": ["prefix", "prompt"]}, "reduction_factor": {"choice": [8, 16]}},
+            "reduction_factor",
+            "means nothing to the kind prefix or prompt (got searched), whose leaves are virtual_tokens",
+        ),
+    ],
+)
+def test_a_leaf_that_no_trial_reads_is_told(adapter: dict[str, Any], leaf: str, message: str) -> None:
+    baseline = {
+        f"adapter.{key}": next(iter(value.values()))[0] for key, value in adapter.items() if isinstance(value, dict)
+    }
+    assert faults_of(adapter=adapter, baseline=baseline) == [(("adapter", leaf), message)]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": {"choice": ["lora", "prompt"]}, "virtual_tokens": 5, "r": 4},
+        {"kind": {"choice": ["lora", "prompt"]}, "virtual_tokens": {"choice": [5, 6]}},
+        {"kind": "prompt", "r": 16, "reduction_factor": 16},  # at their defaults, as in a spec that was written back
+    ],
+)
+def test_a_leaf_that_some_trial_reads_may_stand(adapter: dict[str, Any]) -> None:
+    baseline = {"adapter.kind": "lora", "adapter.virtual_tokens": 5}
+    searched = {key: value for key, value in baseline.items() if isinstance(adapter.get(key.split(".")[1]), dict)}
+    assert faults_of(adapter=adapter, baseline=searched) == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "prefix", "prompt"])
+def test_a_spec_with_its_defaults_written_out_is_the_same_spec(kind: str) -> None:
+    tree = {"name": "try", "data": {"tasks": ["rte"]}, "train": {"steps": 10}, "adapter": {"kind": kind}}
+    spec, _ = check_tree(tree)
+    assert spec is not None
+    assert check_tree(to_tree(spec)) == (spec, [])
+
+
+def test_a_prefix_does_not_go_with_gradient_checkpointing() -> None:
+    what = "does not go with the adapter kind 'prefix': a block that runs twice would see its keys twice"
+    message = f"{what} (got true); allowed: false, or one of lora, bottleneck, prompt as adapter.kind"
+    on = {"steps": 10, "gradient_checkpointing": True}
+    assert faults_of(adapter={"kind": "prefix"}, train=on) == [(("train", "gradient_checkpointing"), message)]
+    searched = {"kind": {"choice": ["lora", "prefix"]}}
+    faults = faults_of(adapter=searched, train=on, baseline={"adapter.kind": "lora"})
+    assert faults == [(("train", "gradient_checkpointing"), message)]
+    for kind in ("lora", "bottleneck", "prompt"):
+        assert faults_of(adapter={"kind": kind}, train=on) == []
+    assert faults_of(adapter={"kind": "prefix"}) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+r"""Bottleneck adapters for PEFT, which ships none: a small MLP behind each MLP block.
+
+With :math:`h` what the block's last linear layer gives out,
+
+.. math:: h' = h + U f(D h + b_D) + b_U, \qquad D: (m, d_{model}),\; U: (d_{model}, m),\; f = \mathrm{ReLU},
+
+with :math:`m = \lfloor d_{model} / \text{reduction\_factor} \rfloor` (Runwal et al., arXiv:2402.01911, Eq. 12; the
+placement of Pfeiffer et al., arXiv:2005.00247: one adapter per block, none behind attention). Dropout, the residual
+addition and, in BERT and RoBERTa, the layer norm come after it, as the architecture has them:
+
+    T5       x + dropout(adapter(MLP(norm(x))))
+    BERT     norm(x + dropout(adapter(MLP(x))))
+
+The paper's equation is followed. The library that its authors ran, adapter-transformers 3.2.1, differs in one point:
+its ``PfeifferConfig`` has ``original_ln_before``, so D reads the sum with the residual stream (in BERT the normed sum),
+:math:`h' = h + U f(D\,\mathrm{norm}(h + x))`. Parameters, residual order and what the first block sees are the same.
+Its U starts at N(0, 0.02²); here U starts at zero, so that a fresh adapter is exactly the identity, as a fresh LoRA is.
+
+Importing this module makes ``PeftModel.from_pretrained`` open folders whose ``peft_type`` is ``BOTTLENECK``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+PEFT_TYPE = "BOTTLENECK"
+
+_START_STD = 0.02
+
+
+def hidden_units(d_model: int, reduction_factor: int) -> int:
+    """Return the width of a bottleneck.
+
+    Args:
+        d_model: Width of what the adapter reads and writes.
+        reduction_factor: How many times narrower it is inside; > 0.
+
+    Raises:
+        ValueError: If that leaves no hidden unit.
+    """
+    if reduction_factor > d_model:
+        raise ValueError(
+            f"adapter.reduction_factor: leaves no hidden unit of a width of {d_model} (got {reduction_factor}), "
+            f"at most {d_model} is allowed"
+        )
+    return d_model // reduction_factor
+
+
+def output_width(layer: nn.Module) -> int:
+    """Return how many features a linear layer gives out; GPT-2's ``Conv1D`` calls them ``nf``."""
+    width = getattr(layer, "out_features", None)
+    return int(layer.nf if width is None else width)  # type: ignore[arg-type]
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """What ``adapter_config.json`` holds.
+
+    Args:
+        target_modules: Names of the linear layers to put an adapter behind.
+        reduction_factor: See :func:`hidden_units`.
+        modules_to_save: Further modules to train and save; PEFT adds the task head.
+    """
+
+    target_modules: list[str] | str | None = field(default=None)
+    reduction_factor: int = 16
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with a bottleneck adapter behind it.
+
+    Weights are float32 and so is what the adapter computes; its result is cast to what the layer gives out.
+
+    Args:
+        base_layer: The frozen layer, quantised or not.
+        adapter_name: Name of the adapter.
+        config: See :class:`BottleneckConfig`.
+    """
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.add(adapter_name, config)
+
+    def add(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add a fresh adapter: D from N(0, 0.02²), all else zero."""
+        d_model, device = output_width(self.base_layer), next(self.base_layer.parameters()).device
+        width = hidden_units(d_model, config.reduction_factor)
+        down = nn.Linear(d_model, width, device=device, dtype=torch.float32)
+        up = nn.Linear(width, d_model, device=device, dtype=torch.float32)
+        nn.init.normal_(down.weight, std=_START_STD)
+        for start in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(start)
+        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return (..., d_model): the layer's output and, unless switched off, what the adapter adds to it."""
+        hidden: Tensor = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return hidden
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                inside = torch.relu(self.bottleneck_down[name](hidden.float()))
+                hidden = hidden + self.bottleneck_up[name](inside).to(hidden.dtype)
+        return hidden
+
+
+class BottleneckModel(BaseTuner):
+    """PEFT's handle on a model with bottleneck adapters; an adapter cannot be merged into the weights."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # as PEFT declares it
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, BottleneckLayer):
+            target.add(adapter_name, peft_config)
+        else:
+            self._replace_module(parent, target_name, BottleneckLayer(target, adapter_name, peft_config), target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in another's place; PEFT's own would hand a task head's weight on, which not every head has."""
+        setattr(parent, child_name, new_module)
+
+
+# PEFT's register_peft_method takes the names of PEFT's own enumeration only; these are the tables that it fills.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = BottleneckConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix  # type: ignore[index]

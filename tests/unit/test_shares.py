@@ -1,0 +1,147 @@
+"""Trainable shares of the published models, built without weights from their public configurations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from deft_ray.models.adapters import attach_adapter, trainable_share
+from deft_ray.models.base import Base
+from deft_ray.models.families import FAMILIES, find_sites
+from deft_ray.spec.catalog import PUBLISHED_ADAPTERS, PublishedAdapter
+from deft_ray.spec.schema import AdapterSection
+from deft_ray.train.slot import adapter_of
+
+
+def t5(d_model: int, d_ff: int, layers: int, heads: int, *, flan: bool) -> PreTrainedModel:
+    """The first T5 has ReLU and one matrix for its embeddings and output, Flan-T5 a gated GELU and two."""
+    config = T5Config(
+        vocab_size=32128,
+        d_model=d_model,
+        d_kv=64,
+        d_ff=d_ff,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu" if flan else "relu",
+        tie_word_embeddings=not flan,
+    )
+    model = T5ForConditionalGeneration(config)
+    if flan:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(32128, d_model))
+    else:
+        model.lm_head.weight = model.shared.weight
+    for stack in (model.encoder, model.decoder):
+        stack.embed_tokens.weight = model.shared.weight
+    return model
+
+
+def bert() -> PreTrainedModel:
+    return BertForSequenceClassification(BertConfig(vocab_size=30522))
+
+
+def roberta_large() -> PreTrainedModel:
+    config = RobertaConfig(
+        vocab_size=50265,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+    )
+    return RobertaForSequenceClassification(config)
+
+
+#: Model, and its parameters without a task head as they are known.
+MODELS: dict[str, tuple[str, Any, int]] = {
+    "roberta-large": ("roberta", roberta_large, 354_310_144),
+    "bert-base-uncased": ("bert", bert, 109_482_240),
+    "t5-small": ("t5", lambda: t5(512, 2048, 6, 8, flan=False), 60_506_624),
+    "t5-base": ("t5", lambda: t5(768, 3072, 12, 12, flan=False), 222_903_552),
+    "flan-t5-base": ("t5", lambda: t5(768, 2048, 12, 12, flan=True), 247_577_856),
+    "flan-t5-xl": ("t5", lambda: t5(2048, 5120, 24, 32, flan=True), 2_849_757_184),
+}
+
+
+def build(name: str) -> Base:
+    family, make, _ = MODELS[name]
+    with torch.device("meta"):
+        model = make()
+    model.requires_grad_(False)
+    return Base(model, None, FAMILIES[family], find_sites(model, FAMILIES[family]), "float32", "")  # type: ignore[arg-type]
+
+
+def share_of(row: PublishedAdapter) -> float:
+    base = build(row.model)
+    adapter = adapter_of(AdapterSection(**row.settings))
+    with torch.device("meta"):
+        model = attach_adapter(base, adapter, outputs=None if base.family.text_to_text else 2)
+    return 100 * trainable_share(model)
+
+
+def truncated(percent: float) -> str:
+    return f"{math.floor(percent * 100) / 100:.2f}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_are_the_published_ones(name: str) -> None:
+    parameters = [p for key, p in build(name).model.named_parameters() if not key.startswith("classifier")]
+    assert sum(p.numel() for p in parameters) == MODELS[name][2]
+
+
+def ids(row: PublishedAdapter) -> str:
+    return f"{row.model}-{row.settings['kind']}"
+
+
+@pytest.mark.parametrize("row", PUBLISHED_ADAPTERS, ids=ids)
+def test_shares_are_those_of_the_papers_column(row: PublishedAdapter) -> None:
+    """The column is cut off after two digits; one entry is rounded, and three are counted in another way."""
+    percent = share_of(row)
+    assert percent == pytest.approx(row.percent_here, abs=6e-6)
+    if row.met == "truncated":
+        assert truncated(percent) == row.percent_printed
+    elif row.met == "rounded":
+        assert f"{percent:.2f}" == row.percent_printed
+        assert truncated(percent) != row.percent_printed
+    else:
+        assert row.percent_printed not in (truncated(percent), f"{percent:.2f}")
+
+
+def by_row(model: str, kind: str) -> PublishedAdapter:
+    return next(row for row in PUBLISHED_ADAPTERS if (row.model, row.settings["kind"]) == (model, kind))
+
+
+def test_what_the_printed_shares_that_are_not_met_count() -> None:
+    """BERT's bottleneck with a head of two layers; RoBERTa's pooler, which its classifier has not; packed bytes."""
+    width, layers = 768, 12
+    bottlenecks = layers * (2 * width * 48 + 48 + width)
+    two_layer_head = width * width + width + 2 * width + 2
+    trained = bottlenecks + two_layer_head
+    printed = by_row("bert-base-uncased", "bottleneck")
+    assert truncated(100 * trained / (109_482_240 + trained)) == printed.percent_printed == "1.33"
+
+    head = 1024 * 1024 + 1024 + 2 * 1024 + 2
+    trained = 24 * 2 * 32 * 2048 + head
+    printed = by_row("roberta-large", "lora")
+    assert truncated(100 * trained / (355_359_744 + trained)) == printed.percent_printed == "1.16"
+
+    base = build("flan-t5-xl").model
+    linear = {key: p.numel() for key, p in base.named_parameters() if "block" in key and p.dim() == 2}
+    packed = sum(count for key, count in linear.items() if ".wo." not in key and "relative" not in key)
+    lora = 16 * sum(sum(p.shape) for key, p in base.named_parameters() if key in linear and "relative" not in key)
+    printed = by_row("flan-t5-xl", "lora")
+    assert lora == 35_389_440
+    assert truncated(100 * lora / (2_849_757_184 - packed / 2 + lora)) == printed.percent_printed == "1.99"
