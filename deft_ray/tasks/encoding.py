@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from deft_ray.errors import SetupError
@@ -180,15 +180,15 @@ def _encode_questions(
     """One example per window; for training only of those windows that show the first answer."""
     prompts, golds = _prompts(task, rows), [tuple(row["answers"]["text"]) for row in rows]
     firsts = tokenizer([gold[0] for gold in golds], truncation=True, max_length=target_length)["input_ids"]
-    sources = tokenizer(prompts, verbose=False)["input_ids"]
+    sources = tokenizer(prompts, verbose=False)
     examples: list[Example] = []
     cramped = 0
-    for number, (row, prompt, source) in enumerate(zip(rows, prompts, sources, strict=True)):
-        whole = Example(source, firsts[number], -1.0, golds[number], row=number)
-        if len(source) <= source_length:
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        whole = Example(sources["input_ids"][number], firsts[number], -1.0, golds[number], row=number)
+        if len(whole.input_ids) <= source_length:
             examples.append(whole)
             continue
-        cut = _Cut(tokenizer, prompt, row["context"], source_length)
+        cut = _Cut(sources[number], len(prompt) - len(row["context"]), source_length)
         if cut.room < 1:
             cramped += 1
             continue
@@ -202,8 +202,10 @@ def _encode_questions(
 
 
 def _places(row: Row) -> list[tuple[int, int]]:
-    starts = row["answers"].get("answer_start") or [None]
-    return find_answer(row["context"], row["answers"]["text"][0], starts[0])
+    """Where the first answer stands; its place is believed only where one is told."""
+    starts = row["answers"].get("answer_start")
+    start = starts[0] if isinstance(starts, list) and starts and type(starts[0]) is int else None
+    return find_answer(row["context"], row["answers"]["text"][0], start)
 
 
 class _Cut:
@@ -212,17 +214,13 @@ class _Cut:
     A token that begins before the context and ends in it, as one with the blank between, is the context's.
 
     Args:
-        tokenizer: The base's tokenizer.
-        prompt: The whole prompt.
-        context: Its last part.
+        prompt: The whole prompt's tokens, with the characters that each of them is.
+        start: Character at which the context begins.
         length: Tokens that a source may have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, context: str, length: int) -> None:
-        encoded: Any = tokenizer(prompt, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
-        ids, places = encoded["input_ids"], encoded["offset_mapping"]
-        start = len(prompt) - len(context)
-        special = encoded["special_tokens_mask"]
+    def __init__(self, prompt: Encoding, start: int, length: int) -> None:
+        ids, places, special = prompt.ids, prompt.offsets, prompt.special_tokens_mask
         inside = [place for place in range(len(ids)) if not special[place] and places[place][1] > start]
         first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
         self._before, self._ids, self._after = ids[:first], ids[first:last], ids[last:]

@@ -201,14 +201,16 @@ def test_neighbours_share_a_third_of_a_source_unless_told(
     assert shared(first.input_ids[:-1], second.input_ids[:-1]) == want
 
 
-@pytest.mark.parametrize("starts", ["right", "wrong", "none"])
-def test_training_shows_every_answer_it_asks_for(tokenizer: PreTrainedTokenizerBase, starts: str) -> None:
+@pytest.mark.parametrize("starts", ["right", "wrong", "none", [], ["4"], 4, None])
+def test_training_shows_every_answer_it_asks_for(tokenizer: PreTrainedTokenizerBase, starts: Any) -> None:
     rows = long_rows(12)
     for row in rows:
         if starts == "wrong":
             row["answers"] = {**row["answers"], "answer_start": [0]}
         elif starts == "none":
             row["answers"] = {"text": row["answers"]["text"]}
+        elif starts != "right":
+            row["answers"] = {**row["answers"], "answer_start": starts}
     data = encode(tokenizer, rows, 100, 40)
 
     assert {example.row for example in data.train} == set(range(12))
