@@ -180,6 +180,42 @@ def shaken(slot: Slot) -> Slot:
     return slot
 
 
+def test_windows_in_which_nothing_is_written_are_the_least_sure(
+    open_slot: Open, tiny_models: dict[str, Path], long_squad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row of each batch begins with padding and ends there; the others write one token over and over."""
+    slot = open_slot("dry-t5", long_trial(tiny_models["dry-t5"], long_squad))
+    seen: list[scoring.Answer] = []
+
+    def nothing_first(**options: Any) -> torch.Tensor:
+        rows = len(options["attention_mask"])
+        return torch.tensor([[0, 0, 0, 0], *([[0, 40, 40, 1]] * (rows - 1))])
+
+    def choose(asked: list[int], answers: list[scoring.Answer]) -> dict[int, str]:
+        seen.extend(answers)
+        return scoring.surest_answers(asked, answers)
+
+    monkeypatch.setattr("deft_ray.train.evaluation.surest_answers", choose)
+    monkeypatch.setattr(slot.base.model, "generate", nothing_first)
+    assert slot.evaluate().scores["f1"] == 0.0
+    for answer, window in zip(seen, slot.data.validation, strict=True):
+        if window.windows > 1:
+            assert (answer.text == "") == (answer.sureness == -float("inf"))
+            assert answer.sureness < 0
+    assert {answer.text for answer in seen} >= {""}
+
+
+def test_sureness_that_is_no_number_is_not_compared(
+    open_slot: Open, tiny_models: dict[str, Path], long_squad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = open_slot("dry-t5", long_trial(tiny_models["dry-t5"], long_squad))
+    monkeypatch.setattr(
+        "deft_ray.train.evaluation.token_log_likelihood", lambda logits, _labels: torch.full((len(logits),), torch.nan)
+    )
+    with pytest.raises(FloatingPointError, match=r"^the model's outputs are not finite in the evaluation$"):
+        slot.evaluate()
+
+
 def evaluate_shaken(spec: TrialSpec, base: Base, ranks: Ranks) -> dict[str, Any]:
     """Evaluate a slot whose adapter does something; tell which windows fell to this rank."""
     slot = shaken(Slot(spec, base, load_task(spec.task, spec.data, base), ranks))
@@ -265,6 +301,28 @@ def test_mismatched_rows_are_scored_beside_and_counted_nowhere(
     row = both.row()
     assert (row["score"], row["score_metric"]) == (both.scores["accuracy"], "accuracy")
     assert row["extra_scores"] == {"accuracy_mismatched": both.scores["accuracy_mismatched"]}
+
+
+#: What the GLUE benchmark reports for each task: the score, and what stands beside it.
+GLUE_METRICS = {
+    "cola": ["matthews", "accuracy"],
+    "sst2": ["accuracy"],
+    "mrpc": ["accuracy", "f1"],
+    "stsb": ["pearson", "spearman"],
+    "qqp": ["accuracy", "f1"],
+    "mnli": ["accuracy"],
+    "qnli": ["accuracy"],
+    "rte": ["accuracy"],
+}
+
+
+@pytest.mark.parametrize("task", list(GLUE_METRICS))
+def test_each_glue_task_has_its_metrics(
+    open_slot: Open, tiny_models: dict[str, Path], tiny_data: Path, task: str
+) -> None:
+    evaluation = open_slot("bert", tiny_trial(tiny_models["bert"], "bert", tiny_data, task)).evaluate()
+    row = evaluation.row()
+    assert [row["score_metric"], *row["extra_scores"]] == GLUE_METRICS[task]
 
 
 # --- own files --------------------------------------------------------------------------------------------------------
