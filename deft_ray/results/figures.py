@@ -116,6 +116,7 @@ def write_csv(figure: FrontFigure, path: Path) -> Path:
 
 def draw_html(figure: FrontFigure, path: Path) -> Path:
     """Write a page that opens without a network and shows a trial's settings when pointed at; returns ``path``."""
+    import pandas  # noqa: F401 - plotly takes whatever pandas is there, half-loaded by the mirror's thread too: wait
     import plotly.graph_objects as go
 
     ranges = _ranges(figure)

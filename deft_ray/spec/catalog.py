@@ -5,9 +5,13 @@ A plain table, so that a spec is checked without importing anything heavy.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deft_ray.spec.schema import DataSection, OwnSection
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,17 @@ class Task:
     Args:
         name: Name in a spec.
         kind: ``classification``, ``regression`` or ``question``.
-        source: ``glue``, ``squad`` or ``nano``.
+        source: ``glue``, ``squad``, ``nano`` or ``own``.
         columns: Text columns in the order in which they enter the prompt or the encoder.
         prompt: Text-to-text prompt with one ``{column}`` per text column.
         labels: Label words, index = label number; empty for regression and questions.
         metric: Key of the score (see ``tasks.scoring``).
         extra_metrics: Reported beside the score.
         validation: Name of the validation split.
+        beside: Further validation splits that are scored beside the score, as (suffix of the metric's name, split);
+            they count in no density, and may be lacking in a folder.
+        files: Training and validation file of an own task; empty elsewhere.
+        file_columns: An own task's names of the columns: texts in the order of ``columns``, then label or answer.
     """
 
     name: str
@@ -35,6 +43,9 @@ class Task:
     metric: str
     extra_metrics: tuple[str, ...] = ()
     validation: str = "validation"
+    beside: tuple[tuple[str, str], ...] = ()
+    files: tuple[str, ...] = ()
+    file_columns: tuple[str, ...] = ()
 
 
 def _glue(
@@ -45,9 +56,14 @@ def _glue(
     extra_metrics: tuple[str, ...] = (),
     kind: str = "classification",
     validation: str = "validation",
+    beside: tuple[tuple[str, str], ...] = (),
 ) -> Task:
     prompt = name + "".join(f" {column}: {{{column}}}" for column in columns)
-    return Task(name, kind, "glue", columns, prompt, labels, metric, extra_metrics, validation)
+    return Task(name, kind, "glue", columns, prompt, labels, metric, extra_metrics, validation, beside)
+
+
+_QUESTION_COLUMNS = ("question", "context")
+_QUESTION_PROMPT = "question: {question} context: {context}"
 
 
 _ALL = (
@@ -61,6 +77,7 @@ _ALL = (
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
         validation="validation_matched",
+        beside=(("mismatched", "validation_mismatched"),),
     ),
     _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
     _glue("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),
@@ -68,8 +85,8 @@ _ALL = (
         "squad",
         "question",
         "squad",
-        ("question", "context"),
-        "question: {question} context: {context}",
+        _QUESTION_COLUMNS,
+        _QUESTION_PROMPT,
         (),
         "f1",
         ("exact_match",),
@@ -96,8 +113,8 @@ _ALL = (
         "nano-question",
         "question",
         "nano",
-        ("question", "context"),
-        "question: {question} context: {context}",
+        _QUESTION_COLUMNS,
+        _QUESTION_PROMPT,
         (),
         "f1",
         ("exact_match",),
@@ -178,11 +195,78 @@ PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
     PublishedAdapter("flan-t5-xl", _lora(16, "all-linear"), "1.99", 1.22661, "two 4-bit weights are counted as one"),
 )
 
+#: Families that answer in words: they choose among a task's answers, or write one.
+TEXT_TO_TEXT = ("t5",)
+
+#: Metrics of an own task by its kind, the default first.
+OWN_METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "question": ("f1",),
+}
+
+#: Metrics that know a positive and a negative class.
+TWO_CLASS_METRICS = ("f1", "matthews")
+
+#: What a file of an own task may be.
+OWN_SUFFIXES = (".parquet", ".jsonl", ".csv")
+
+_BESIDE_OWN = {"f1": ("accuracy",), "matthews": ("accuracy",), "pearson": ("spearman",), "spearman": ("pearson",)}
+
 #: Model name of the pretrained model that ships with the package.
 NANO = "nano"
 
 #: Sections whose leaves belong to a trial and may be searched.
 TRIAL_SECTIONS = ("adapter", "deft", "train")
+
+
+def find_task(name: str, data: DataSection) -> Task:
+    """Return a task by its name in a spec: a known one, or one of ``data.own``.
+
+    Raises:
+        KeyError: If there is none of this name.
+    """
+    return _own_task(name, data.own[name], data.dir) if name in data.own else TASKS[name]
+
+
+def own_file(file: str, folder: str | None) -> str:
+    """Return where an own task's file lies: relative to ``data.dir`` if there is one, else to where the user is."""
+    return os.path.join(os.path.expanduser(folder or ""), os.path.expanduser(file))
+
+
+def _own_task(name: str, own: OwnSection, folder: str | None) -> Task:
+    files = tuple(own_file(file, folder) for file in (own.train, own.validation))
+    if own.question is not None:
+        read = (own.question, str(own.context), str(own.answer))
+        return Task(
+            name,
+            "question",
+            "own",
+            _QUESTION_COLUMNS,
+            _QUESTION_PROMPT,
+            (),
+            "f1",
+            ("exact_match",),
+            files=files,
+            file_columns=read,
+        )
+    texts = [own.text] if isinstance(own.text, str) else list(own.text or ())
+    columns = ("text",) if len(texts) == 1 else ("text1", "text2")
+    titles = (text.replace("{", "{{").replace("}", "}}") for text in texts)
+    kind = "classification" if own.labels else "regression"
+    metric = own.metric or OWN_METRICS[kind][0]
+    return Task(
+        name,
+        kind,
+        "own",
+        columns,
+        name + "".join(f" {title}: {{{column}}}" for title, column in zip(titles, columns, strict=True)),
+        tuple(own.labels or ()),
+        metric,
+        _BESIDE_OWN.get(metric, ()),
+        files=files,
+        file_columns=(*texts, str(own.label)),
+    )
 
 
 def guess_family(model_name: str, model_type: str | None) -> str | None:

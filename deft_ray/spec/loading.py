@@ -18,6 +18,9 @@ from deft_ray.spec.rules import Machine, check_rules, touches
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.spec.yaml_tree import Fault, Path, YamlError, parse, show
 
+#: Leaves that are mappings: their keys are the user's words, so that one named "choice" makes no domain.
+_MAPPINGS = {("data", "own")}
+
 #: Where a path of the spec stands: its rank among all places, and the place in words.
 _Places = dict[Path, tuple[int, str]]
 
@@ -134,7 +137,7 @@ def _split_section(section: str, content: dict[str, Any]) -> tuple[dict[str, Any
     for key, value in content.items():
         if not isinstance(value, dict) or key not in model.model_fields:
             values[key] = value
-        elif section not in TRIAL_SECTIONS and looks_like_domain(value):
+        elif section not in TRIAL_SECTIONS and looks_like_domain(value) and (section, key) not in _MAPPINGS:
             faults.append(((section, key), _not_searchable(section)))
         elif section not in TRIAL_SECTIONS:
             values[key] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,6 +17,18 @@ def section_model(section: object) -> type[BaseModel] | None:
     field = SweepSpec.model_fields.get(section) if isinstance(section, str) else None
     annotation = field.annotation if field is not None else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def model_at(path: Path) -> type[BaseModel]:
+    """Return the model whose keys stand below a path; the spec's own where the path leads to none."""
+    model: Any = SweepSpec
+    for step in path:
+        field = getattr(model, "model_fields", {}).get(step)
+        if field is not None:
+            model = field.annotation
+        elif get_origin(model) is dict:
+            model = get_args(model)[1]
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else SweepSpec
 
 
 def unknown_key(key: str, model: type[BaseModel]) -> str:
@@ -40,7 +52,10 @@ def to_faults(error: ValidationError, values: dict[str, Any]) -> list[Fault]:
     """
     found: dict[Path, list[Any]] = {}
     for item in error.errors():
-        found.setdefault(_path(item["loc"], values), []).append(item)
+        *above, last = item["loc"]
+        lacking = item["type"] == "missing"
+        path = (*_path(tuple(above), values), last) if lacking else _path(item["loc"], values)
+        found.setdefault(path, []).append(item)
     told = {path: items for path, items in found.items() if not _only_the_other_member(path, items, found)}
     return [(path, _message(path, items)) for path, items in told.items()]
 
@@ -60,8 +75,8 @@ def _path(loc: tuple[str | int, ...], values: Any) -> Path:
 
 
 def _only_the_other_member(path: Path, items: list[Any], found: Iterable[Path]) -> bool:
-    """A list with a bad item is a bad list; that it is no 'all-linear' either goes without saying."""
-    return all(item["type"] == "literal_error" for item in items) and any(
+    """A list with a bad item is a bad list; that it is no 'all-linear' or text either goes without saying."""
+    return all(item["type"] in ("literal_error", "string_type") for item in items) and any(
         len(other) > len(path) and other[: len(path)] == path for other in found
     )
 
@@ -69,7 +84,7 @@ def _only_the_other_member(path: Path, items: list[Any], found: Iterable[Path]) 
 def _message(path: Path, items: list[Any]) -> str:
     kinds = {item["type"] for item in items}
     if "extra_forbidden" in kinds:
-        return unknown_key(str(path[-1]), (section_model(path[0]) if len(path) > 1 else None) or SweepSpec)
+        return unknown_key(str(path[-1]), model_at(path[:-1]))
     if "missing" in kinds:
         return "is required"
     if "float_type" in kinds:
@@ -97,7 +112,7 @@ def _what(item: Any, path: Path) -> str:
         "list_type": lambda: "must be a list",
         "too_short": lambda: "must not be empty",
         "dict_type": lambda: "must be a mapping",
-        "model_type": lambda: f"must be a mapping of {', '.join((section_model(path[0]) or SweepSpec).model_fields)}",
+        "model_type": lambda: f"must be a mapping of {', '.join(model_at(path).model_fields)}",
         "value_error": lambda: str(context["error"]),
     }
     return wording.get(item["type"], lambda: str(item["msg"]))()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deft_ray.spec.catalog import TASKS
+from deft_ray.spec.catalog import find_task
 from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 
@@ -18,6 +18,7 @@ class Plan:
         name: The sweep's name.
         model: Model, quantisation and dtype in words.
         tasks: Tasks in the order in which they are served.
+        metrics: What each of them is scored by.
         seeds: Training seeds.
         baselines: Trials with the density loss off: one for every task and seed.
         sampled: Trials that are sampled: points x tasks x seeds.
@@ -35,6 +36,7 @@ class Plan:
     name: str
     model: str
     tasks: tuple[str, ...]
+    metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     baselines: int
     sampled: int
@@ -73,6 +75,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         name=spec.name,
         model=f"{spec.model.name} ({spec.model.family}, {spec.model.quantization}, {spec.model.dtype})",
         tasks=tasks,
+        metrics=tuple(find_task(name, spec.data).metric for name in tasks),
         seeds=seeds,
         baselines=len(tasks) * len(seeds),
         sampled=spec.search.trials * len(tasks) * len(seeds),
@@ -113,7 +116,7 @@ def format_plan(plan: Plan) -> str:
     rows = [
         ("sweep", plan.name),
         ("model", plan.model),
-        ("tasks", ", ".join(f"{name} ({TASKS[name].metric})" for name in plan.tasks)),
+        ("tasks", ", ".join(f"{name} ({metric})" for name, metric in zip(plan.tasks, plan.metrics, strict=True))),
         ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} sampled, {length}"),
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once"),

@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS, NANO, TASKS
+from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS, NANO, TASKS, TEXT_TO_TEXT
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.messages import did_you_mean
+from deft_ray.spec.own import own_faults, own_kinds
 from deft_ray.spec.schema import AdapterSection
 from deft_ray.spec.yaml_tree import Fault, Path, show
 
@@ -84,9 +85,10 @@ def check_rules(
         machine: What this machine has; None where the sweep runs on a cluster.
     """
     view = _View(values, space, broken)
+    data = (_tasks, _own, _windows)
     adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
     deft = (_approximation, _alpha_schedule)
-    rules = (_tasks, _family, _files, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
+    rules = (*data, _family, _files, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -97,17 +99,32 @@ def _tasks(view: _View) -> Iterator[Fault]:
     tasks = view.get("data.tasks", [])
     family = view.get("model.family")
     kinds = FAMILY_KINDS.get(family) if isinstance(family, str) else None
+    known = {**own_kinds(view.get("data.own")), **{name: task.kind for name, task in TASKS.items()}}
     for index, name in enumerate(tasks if isinstance(tasks, list) else []):
         path = ("data", "tasks", index)
-        task = TASKS.get(name) if isinstance(name, str) else None
-        if task is None:
-            yield path, f"unknown task (got {show(name)}); {did_you_mean(str(name), TASKS)}allowed: {', '.join(TASKS)}"
-        elif kinds is not None and task.kind not in kinds:
-            able = ", ".join(other for other, kinds in FAMILY_KINDS.items() if task.kind in kinds)
-            what = f"a {task.kind} task cannot be done by the model family '{family}'"
+        if not isinstance(name, str) or name not in known:
+            yield path, f"unknown task (got {show(name)}); {did_you_mean(str(name), known)}allowed: {', '.join(known)}"
+        elif kinds is not None and known[name] is not None and known[name] not in kinds:
+            able = ", ".join(other for other, kinds in FAMILY_KINDS.items() if known[name] in kinds)
+            what = f"a {known[name]} task cannot be done by the model family '{family}'"
             yield path, f"{what} (got {show(name)}); families that can: {able}"
+        elif family in TEXT_TO_TEXT and known[name] == "regression" and name not in TASKS:
+            able = ", ".join(name for name in FAMILY_KINDS if name not in TEXT_TO_TEXT)
+            what = f"the model family '{family}' does a regression by the likelihood of STS-B's answers"
+            yield path, f"{what}, so none of your own (got {show(name)}); families that can: {able}"
         elif name in tasks[:index]:
             yield path, f"task stands twice (got {show(name)})"
+
+
+def _own(view: _View) -> Iterator[Fault]:
+    folder = view.get("data.dir")
+    return own_faults(view.get("data.own"), folder if isinstance(folder, str) else None)
+
+
+def _windows(view: _View) -> Iterator[Fault]:
+    overlap, length = view.get("data.window_overlap_tokens"), view.get("data.max_source_tokens", 128)
+    if _is_count(overlap) and _is_count(length) and overlap >= length:
+        yield ("data", "window_overlap_tokens"), f"must be below data.max_source_tokens = {length} (got {overlap})"
 
 
 def _family(view: _View) -> Iterator[Fault]:

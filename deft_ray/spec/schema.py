@@ -5,6 +5,7 @@ Names are the method's and the libraries' own. The models are frozen and refuse 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -44,14 +45,46 @@ class ModelSection(Section):
         return value
 
 
+class OwnSection(Section):
+    """A task in the user's own files: texts and a label, or question, context and answer; each names a column.
+
+    Args:
+        train: Training file, ``.parquet``, ``.jsonl`` or ``.csv``; relative to ``data.dir`` if that is given.
+        validation: Validation file.
+        text: Column of the text, or two columns of a pair.
+        label: Column of the label.
+        labels: Class names in order; the column holds the names or their numbers from 0. None for a regression.
+        question: Column of the question.
+        context: Column of the text that answers it.
+        answer: Column of the answer, or of a list of right answers.
+        metric: The score; None for accuracy, or F1 where questions are asked.
+    """
+
+    train: str
+    validation: str
+    text: str | list[str] | None = None
+    label: str | None = None
+    labels: list[str] | None = None
+    question: str | None = None
+    context: str | None = None
+    answer: str | None = None
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
+
+
 class DataSection(Section):
-    """Which tasks, from where, how much of them, how long."""
+    """Which tasks, from where, how much of them, how long.
+
+    A context that is longer than ``max_source_tokens`` allows is cut into windows, of which two neighbours share
+    ``window_overlap_tokens``; None is a third of ``max_source_tokens``, which is 128 at the paper's 384.
+    """
 
     tasks: Annotated[list[str], Field(min_length=1)]
     dir: str | None = None
     train_examples: Positive | None = None
     validation_examples: Positive | None = None
+    own: dict[str, OwnSection] = {}
     max_source_tokens: Annotated[int, Field(ge=8)] = 128
+    window_overlap_tokens: Annotated[int, Field(ge=0)] | None = None
     max_target_tokens: Annotated[int, Field(ge=2)] = 30
     padding: Literal["longest", "max_length"] = "longest"
     grouping: Literal["length", "none"] = "length"
@@ -192,8 +225,16 @@ class TrialSpec(Section):
 
     def flat(self) -> dict[str, Scalar | None]:
         """Return the trial's leaves by dotted name, lists joined by commas."""
-        flat: dict[str, Scalar | None] = {}
-        for section in ("model", "data", "adapter", "deft", "train"):
-            for key, value in getattr(self, section).model_dump().items():
-                flat[f"{section}.{key}"] = ",".join(map(str, value)) if isinstance(value, list) else value
-        return flat
+        return {
+            dotted: value
+            for section in ("model", "data", "adapter", "deft", "train")
+            for dotted, value in _leaves(section, getattr(self, section).model_dump())
+        }
+
+
+def _leaves(dotted: str, value: Any) -> Iterator[tuple[str, Scalar | None]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from _leaves(f"{dotted}.{key}", below)
+    else:
+        yield dotted, ",".join(map(str, value)) if isinstance(value, list) else value

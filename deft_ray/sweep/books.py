@@ -12,7 +12,7 @@ from typing import Any
 from deft_ray.results.front import Point, front, hypervolume, points, varying, write_front_csv
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
-from deft_ray.spec.catalog import TASKS
+from deft_ray.spec.catalog import find_task
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.live import LiveLines
 from deft_ray.sweep.run_dir import RunDir
@@ -110,9 +110,10 @@ class Books:
                 lines.append(f"{task}: no front beside the baseline" if baseline else f"{task}: no usable baseline")
                 continue
             best = min(chosen, key=lambda point: point.density or 0.0)
+            metric = find_task(task, self.spec.data).metric
             lines.append(
                 f"{task}: {len(chosen)} on the front; lowest density {best.density:.3f} ({best.trial}, "
-                f"{TASKS[task].metric} {best.score:.3f}), baseline {baseline.density:.3f} ({baseline.score:.3f})"
+                f"{metric} {best.score:.3f}), baseline {baseline.density:.3f} ({baseline.score:.3f})"
             )
         return lines
 
@@ -143,7 +144,7 @@ def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
     known = Record.__dataclass_fields__.keys() - {"trial", "task", "seed", "baseline", "config"}
     now = time.time()
     defaults: dict[str, Any] = {
-        "score_metric": TASKS[trial.task].metric,
+        "score_metric": find_task(trial.task, trial.data).metric,
         "dtype": trial.model.dtype,
         "activation": "",
         "steps": measured.get("step", 0),

@@ -16,11 +16,12 @@ from typing import Any
 
 from deft_ray.errors import BaselineError, SetupError
 from deft_ray.models.folder import check_model_folder
-from deft_ray.spec.catalog import NANO
+from deft_ray.spec.catalog import NANO, find_task, own_file
 from deft_ray.spec.plan import Plan, build_plan, count_hosts, gpus_per_worker
 from deft_ray.spec.rules import Machine, this_machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.run_dir import RunDir
+from deft_ray.tasks.own import check_own_files
 from deft_ray.tasks.rows import check_data_folder
 
 #: Set before Ray is imported: quiet, no usage reports, nothing that needs the network.
@@ -59,8 +60,10 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool) -> None:
     checks = [lambda: run_dir.check_same(spec) if resume else run_dir.check_new()]
     if spec.model.name != NANO and os.path.isdir(spec.model.name):
         checks.append(lambda: check_model_folder(Path(spec.model.name)))
+    tasks = [find_task(name, spec.data) for name in spec.data.tasks]
     if spec.data.dir is not None:
-        checks.append(lambda: check_data_folder(spec.data.tasks, Path(str(spec.data.dir))))
+        checks.append(lambda: check_data_folder(tasks, Path(str(spec.data.dir))))
+    checks.append(lambda: check_own_files(tasks))
     for check in checks:
         try:
             check()
@@ -75,8 +78,13 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
     model, data, storage = spec.model, spec.data, spec.storage
     if model.name != NANO and os.path.isdir(os.path.expanduser(model.name)):
         model = model.model_copy(update={"name": _absolute(model.name)})
-    if data.dir is not None:
-        data = data.model_copy(update={"dir": _absolute(data.dir)})
+    own = {
+        name: entry.model_copy(
+            update={key: _absolute(own_file(getattr(entry, key), data.dir)) for key in ("train", "validation")}
+        )
+        for name, entry in data.own.items()
+    }
+    data = data.model_copy(update={"dir": None if data.dir is None else _absolute(data.dir), "own": own})
     if storage is not None and "://" not in storage:
         storage = _absolute(storage)
     return spec.model_copy(update={"model": model, "data": data, "storage": storage})

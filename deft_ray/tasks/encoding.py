@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from deft_ray.spec.catalog import TASKS, Task
-from deft_ray.tasks.rows import Row
+from deft_ray.errors import SetupError
+from deft_ray.spec.catalog import Task
+from deft_ray.tasks.checks import Row
+from deft_ray.tasks.windows import Window, cut_windows, find_answer, windows_with
 
 #: STS-B's answers in words, as T5 was trained on them: 0.0, 0.2 … 5.0.
 _STSB_STEPS = 26
@@ -15,7 +19,7 @@ _STSB_STEPS = 26
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ready for a batch.
+    """One row, or one window of a question's context, ready for a batch.
 
     Args:
         input_ids: Tokens of the source text or pair.
@@ -23,6 +27,8 @@ class Example:
         label: Class number, regression value, or index among the candidates; -1 for questions.
         answers: Gold answers of a question.
         type_ids: Which text of a pair each token belongs to; empty where the tokenizer makes no difference.
+        row: Number of the row in its split, from 0; told for questions only.
+        windows: How many windows the row's context was cut into; 1 where it fits.
     """
 
     input_ids: list[int]
@@ -30,6 +36,8 @@ class Example:
     label: float
     answers: tuple[str, ...] = ()
     type_ids: tuple[int, ...] = ()
+    row: int = -1
+    windows: int = 1
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ class EncodedTask:
     Args:
         task: The task.
         train: Training examples.
-        validation: Validation examples.
+        validation: Validation examples; of a question every window.
         candidates: Token ids of every possible answer of a text-to-text classification; empty elsewhere.
         values: What each candidate is worth: class numbers, or STS-B's similarities.
+        beside: Further validation examples by the suffix of their metric's name; see ``Task.beside``.
     """
 
     task: Task
@@ -49,6 +58,7 @@ class EncodedTask:
     validation: list[Example]
     candidates: list[list[int]]
     values: list[float]
+    beside: dict[str, list[Example]] = field(default_factory=dict)
 
     @property
     def outputs(self) -> int:
@@ -64,7 +74,7 @@ def answer_words(task: Task) -> tuple[str, ...]:
 
 
 def encode_task(
-    task_name: str,
+    task: Task,
     train: list[Row],
     validation: list[Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -72,31 +82,60 @@ def encode_task(
     text_to_text: bool,
     max_source_tokens: int,
     max_target_tokens: int,
+    window_overlap_tokens: int | None = None,
+    beside: Mapping[str, list[Row]] | None = None,
 ) -> EncodedTask:
     """Tokenise both splits.
 
     Args:
-        task_name: Key of :data:`~deft_ray.spec.catalog.TASKS`.
+        task: The task.
         train: Training rows.
         validation: Validation rows.
         tokenizer: The base's tokenizer.
         text_to_text: Whether answers are words.
-        max_source_tokens: Sources are cut to so many tokens.
+        max_source_tokens: Sources are cut to so many tokens; the context of a question into windows.
         max_target_tokens: Answers to questions are cut to so many tokens; label words never are.
+        window_overlap_tokens: Tokens that neighbouring windows share; None for a third of ``max_source_tokens``.
+        beside: Rows of the task's further validation splits.
+
+    Raises:
+        SetupError: If a text has no tokens, a question leaves no room for its context, or two labels are the same
+            tokens.
     """
-    task = TASKS[task_name]
     words = answer_words(task) if text_to_text else ()
     candidates = tokenizer(list(words))["input_ids"] if words else []
+    _require_different(task, words, candidates)
+    overlap = max_source_tokens // 3 if window_overlap_tokens is None else window_overlap_tokens
     values = (
         [index / 5 for index in range(len(words))] if task.kind == "regression" else [*map(float, range(len(words)))]
     )
 
-    def encode(rows: list[Row]) -> list[Example]:
-        if not text_to_text:
-            return _encode_pairs(task, rows, tokenizer, max_source_tokens)
-        return _encode_words(task, rows, tokenizer, candidates, max_source_tokens, max_target_tokens)
+    def encode(rows: list[Row], split: str) -> list[Example]:
+        if task.kind == "question":
+            examples = _encode_questions(task, rows, tokenizer, max_source_tokens, max_target_tokens, overlap, split)
+        elif text_to_text:
+            examples = _encode_words(task, rows, tokenizer, candidates, max_source_tokens)
+        else:
+            examples = _encode_pairs(task, rows, tokenizer, max_source_tokens)
+        _require_tokens(task, split, examples)
+        return examples
 
-    return EncodedTask(task, encode(train), encode(validation), candidates, values)
+    more = {suffix: encode(rows, suffix) for suffix, rows in (beside or {}).items()}
+    return EncodedTask(task, encode(train, "train"), encode(validation, "validation"), candidates, values, more)
+
+
+def _require_different(task: Task, words: Sequence[str], candidates: list[list[int]]) -> None:
+    for index, ids in enumerate(candidates):
+        if ids in candidates[:index]:
+            same = f"'{words[candidates.index(ids)]}' and '{words[index]}'"
+            raise SetupError(f"{task.name}: the labels {same} are the same tokens to this model; give other names")
+
+
+def _require_tokens(task: Task, split: str, examples: list[Example]) -> None:
+    """A source of padding alone would divide by zero, or answer from nothing."""
+    for number, example in enumerate(examples, start=1):
+        if not example.input_ids:
+            raise SetupError(f"{task.name}: {split}: row {number}: this model's tokenizer leaves nothing of its text")
 
 
 def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
@@ -116,16 +155,78 @@ def _encode_words(
     tokenizer: PreTrainedTokenizerBase,
     candidates: list[list[int]],
     source_length: int,
-    target_length: int,
 ) -> list[Example]:
-    prompts = [task.prompt.format(**{column: row[column] for column in task.columns}) for row in rows]
-    sources = tokenizer(prompts, truncation=True, max_length=source_length)["input_ids"]
-    if task.kind == "question":
-        golds = [tuple(row["answers"]["text"]) for row in rows]
-        firsts = tokenizer([gold[0] for gold in golds], truncation=True, max_length=target_length)["input_ids"]
-        return [Example(source, first, -1.0, gold) for source, first, gold in zip(sources, firsts, golds, strict=True)]
+    sources = tokenizer(_prompts(task, rows), truncation=True, max_length=source_length)["input_ids"]
     indices = [round(row["label"] * 5) if task.kind == "regression" else row["label"] for row in rows]
     return [
         Example(source, candidates[index], float(row["label"]))
         for source, index, row in zip(sources, indices, rows, strict=True)
     ]
+
+
+def _prompts(task: Task, rows: list[Row]) -> list[str]:
+    return [task.prompt.format(**{column: row[column] for column in task.columns}) for row in rows]
+
+
+def _encode_questions(
+    task: Task,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    source_length: int,
+    target_length: int,
+    overlap: int,
+    split: str,
+) -> list[Example]:
+    """One example per window; for training only of those windows that show the first answer."""
+    prompts, golds = _prompts(task, rows), [tuple(row["answers"]["text"]) for row in rows]
+    firsts = tokenizer([gold[0] for gold in golds], truncation=True, max_length=target_length)["input_ids"]
+    sources = tokenizer(prompts, verbose=False)
+    examples: list[Example] = []
+    cramped = 0
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        whole = Example(sources["input_ids"][number], firsts[number], -1.0, golds[number], row=number)
+        if len(whole.input_ids) <= source_length:
+            examples.append(whole)
+            continue
+        cut = _Cut(sources[number], len(prompt) - len(row["context"]), source_length)
+        if cut.room < 1:
+            cramped += 1
+            continue
+        windows = cut_windows(cut.spans, cut.room, overlap)
+        kept = range(len(windows)) if split != "train" else windows_with(windows, _places(row))
+        examples += [replace(whole, input_ids=cut.source(windows[index]), windows=len(windows)) for index in kept]
+    if cramped:
+        what = f"{cramped} of {len(rows)} questions leave no room for their context"
+        raise SetupError(f"{task.name}: {split}: {what} (data.max_source_tokens: {source_length}); give it more")
+    return examples
+
+
+def _places(row: Row) -> list[tuple[int, int]]:
+    """Where the first answer stands; its place is believed only where one is told."""
+    starts = row["answers"].get("answer_start")
+    start = starts[0] if isinstance(starts, list) and starts and type(starts[0]) is int else None
+    return find_answer(row["context"], row["answers"]["text"][0], start)
+
+
+class _Cut:
+    """A prompt whose context, at its end, does not fit: the tokens before, of and after it.
+
+    A token that begins before the context and ends in it, as one with the blank between, is the context's.
+
+    Args:
+        prompt: The whole prompt's tokens, with the characters that each of them is.
+        start: Character at which the context begins.
+        length: Tokens that a source may have.
+    """
+
+    def __init__(self, prompt: Encoding, start: int, length: int) -> None:
+        ids, places, special = prompt.ids, prompt.offsets, prompt.special_tokens_mask
+        inside = [place for place in range(len(ids)) if not special[place] and places[place][1] > start]
+        first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
+        self._before, self._ids, self._after = ids[:first], ids[first:last], ids[last:]
+        self.spans = [(max(begin - start, 0), end - start) for begin, end in places[first:last]]
+        self.room = length - len(self._before) - len(self._after) if inside else 0
+
+    def source(self, window: Window) -> list[int]:
+        """Return the source that shows one window."""
+        return [*self._before, *self._ids[window.first : window.last], *self._after]

@@ -1,15 +1,15 @@
-"""Rows of a task: from the nano generator, a folder of parquet files, or the hub."""
+"""Rows of a task: from the nano generator, a folder of parquet files, the user's own files, or the hub."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from deft_ray.errors import SetupError
-from deft_ray.spec.catalog import TASKS, Task
-
-Row = dict[str, Any]
+from deft_ray.spec.catalog import Task
+from deft_ray.tasks.checks import Row, row_faults
+from deft_ray.tasks.own import read_own_rows
 
 _HUB = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad"}
 _NANO_ROWS = {"train": 2000, "validation": 500}
@@ -21,75 +21,94 @@ def parquet_file(task: Task, split: str, folder: Path) -> Path:
     return place / f"{split}.parquet"
 
 
-def check_data_folder(tasks: list[str], folder: Path) -> None:
-    """Check that every task has both splits with their columns.
+def check_data_folder(tasks: Iterable[Task], folder: Path) -> None:
+    """Check that every task that lies in a data folder has both splits, with their columns and some rows.
 
     Raises:
         SetupError: Naming every file or column that is missing.
     """
     faults = []
-    for task in (TASKS[name] for name in tasks):
-        if task.source == "nano":
+    for task in tasks:
+        if task.source in ("nano", "own"):
             continue
-        for split in ("train", task.validation):
+        needed = _needed(task)
+        for split in ("train", task.validation, *(split for _, split in task.beside)):
             file = parquet_file(task, split, folder)
             if not file.is_file():
-                faults.append(f"{file}: data.dir: no such file; the task '{task.name}' needs this split")
+                if split in ("train", task.validation):
+                    faults.append(f"{file}: data.dir: no such file; the task '{task.name}' needs this split")
                 continue
-            needed = [*task.columns, "answers" if task.kind == "question" else "label"]
-            fault = _column_fault(file, needed)
+            fault = _file_fault(file, needed)
             if fault is not None:
                 faults.append(f"{file}: data.dir: {fault}; needs {', '.join(needed)}")
     if faults:
         raise SetupError("\n".join(faults))
 
 
-def _column_fault(file: Path, needed: list[str]) -> str | None:
+def _needed(task: Task) -> list[str]:
+    return [*task.columns, "answers" if task.kind == "question" else "label"]
+
+
+def _file_fault(file: Path, needed: list[str]) -> str | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        names = pq.read_schema(file).names
+        meta = pq.read_metadata(file)
     except (OSError, pa.ArrowException) as error:
         return f"is no parquet file ({str(error).splitlines()[0]})"
-    lacking = [column for column in needed if column not in names]
+    fault = _column_fault(meta.schema.to_arrow_schema().names, needed)
+    return fault or ("no rows" if meta.num_rows == 0 else None)
+
+
+def _column_fault(names: Iterable[str], needed: list[str]) -> str | None:
+    have = set(names)
+    lacking = [column for column in needed if column not in have]
     return f"lacks the column {', '.join(lacking)}" if lacking else None
 
 
-def load_rows(task_name: str, split: str, folder: str | None, limit: int | None) -> list[Row]:
+def load_rows(task: Task, split: str, folder: str | None, limit: int | None) -> list[Row]:
     """Load one split.
 
     Args:
-        task_name: Key of :data:`~deft_ray.spec.catalog.TASKS`.
-        split: ``train`` or ``validation`` (the task's own validation split).
-        folder: Data folder, or None for the hub; nano tasks need neither.
+        task: The task.
+        split: ``train``, ``validation`` (the task's own validation split), or one of ``task.beside``.
+        folder: Data folder, or None for the hub; nano and own tasks need neither.
         limit: At most so many rows, the same ones every time; None for all (nano: 2,000 and 500).
 
     Raises:
-        SetupError: If the split is not to be had, or holds rows without a label.
+        SetupError: If the split is not to be had, is empty, lacks a column, or holds rows that cannot be used.
     """
-    task = TASKS[task_name]
     if task.source == "nano":
         from deft_ray.nano.tasks import generate
 
-        return generate(task_name, split, limit or _NANO_ROWS[split])
-    name = task.validation if split == "validation" else split
-    rows = _from_hub(task, name) if folder is None else _from_folder(task, name, Path(folder))
+        return generate(task.name, split, limit or _NANO_ROWS[split])
+    if task.source == "own":
+        rows = read_own_rows(task, split)
+    else:
+        name = task.validation if split == "validation" else split
+        rows = _from_hub(task, name) if folder is None else _from_folder(task, name, Path(folder))
+        _check(task, split, rows)
     if limit is not None and limit < len(rows):
-        rows = random.Random(f"{task_name} {split}").sample(rows, limit)
-    if any(_lacks_answer(task, row) for row in rows):
-        what = "an answer" if task.kind == "question" else "a label (label -1)"
-        raise SetupError(f"{task_name}: {split}: rows without {what}; needs a labelled split")
-    if not rows:
-        raise SetupError(f"{task_name}: {split}: no rows")
+        rows = random.Random(f"{task.name} {split}").sample(rows, limit)
     return rows
 
 
-def _lacks_answer(task: Task, row: Row) -> bool:
-    if task.kind == "question":
-        return not row["answers"]["text"]
-    highest = 5 if task.kind == "regression" else len(task.labels) - 1
-    return not 0 <= row["label"] <= highest
+def load_beside(task: Task, folder: str | None, limit: int | None) -> dict[str, list[Row]]:
+    """Load the splits that are scored beside the score, by suffix; one that a folder does not have is left out."""
+    return {
+        suffix: load_rows(task, split, folder, limit)
+        for suffix, split in task.beside
+        if folder is None or parquet_file(task, split, Path(folder)).is_file()
+    }
+
+
+def _check(task: Task, split: str, rows: list[Row]) -> None:
+    needed = _needed(task)
+    lacking = _column_fault(rows[0], needed) if rows else None
+    faults = [f"{lacking}; needs {', '.join(needed)}"] if lacking else row_faults(task, rows)
+    if faults:
+        raise SetupError("\n".join(f"{task.name}: {split}: {fault}" for fault in faults))
 
 
 def _from_folder(task: Task, split: str, folder: Path) -> list[Row]:

@@ -4,9 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote for one window of a question.
+
+    Args:
+        text: The answer.
+        sureness: Mean log-probability of its tokens, end of sequence included; ≤ 0. Any number where the question has
+            one window only.
+    """
+
+    text: str
+    sureness: float
+
+
+def surest_answers(rows: Sequence[int], answers: Sequence[Answer]) -> dict[int, str]:
+    r"""Take one answer per question: that of the window in which the model was surest of what it wrote.
+
+    .. math:: \hat w = \arg\max_w \frac{1}{|y_w|} \sum_t \log p(y_{w,t} \mid y_{w,<t}, x_w)
+
+    with x_w the source that shows window w and y_w the answer written for it. The mean, not the sum, as a sum would
+    favour the shortest answer; nothing of the gold answer is looked at. The authors' code takes the last window's.
+
+    Args:
+        rows: The question that each answer belongs to.
+        answers: One per window; the earlier of two that are equally sure wins.
+
+    Returns:
+        The answer's text by question, in the order in which the questions come.
+
+    Example:
+        >>> surest_answers([0, 0, 1], [Answer("a boat", -0.9), Answer("boat", -0.2), Answer("red", -3.0)])
+        {0: 'boat', 1: 'red'}
+    """
+    surest: dict[int, Answer] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        if row not in surest or answer.sureness > surest[row].sureness:
+            surest[row] = answer
+    return {row: answer.text for row, answer in surest.items()}
 
 
 def score_labels(metrics: Sequence[str], predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 Text-to-text classes are scored by likelihood: the answer whose tokens are most likely wins, nothing is generated. The
 decoder runs once over all candidate answers; density counts the rows of the true answer only, which is what teacher
-forcing sees. Questions are answered by greedy generation; density is counted under teacher forcing beside it.
+forcing sees. Questions are answered by greedy generation; density is counted under teacher forcing beside it, over
+every window of a context. A question with several windows gets the answer that the model is surest of, wherever its
+windows were evaluated.
 
 Shape suffixes: B batch, C candidates, D d_model, T tokens, V vocabulary.
 """
@@ -25,11 +27,11 @@ from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
 from deft_ray.models.halves import decode, encode, generate
 from deft_ray.tasks.encoding import EncodedTask, Example
-from deft_ray.tasks.scoring import score_answers, score_labels
+from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
 from deft_ray.train.batches import IGNORED, pad, source_tensors
 from deft_ray.train.ranks import Ranks
 
-Prediction = float | str
+Prediction = float | Answer
 
 
 @dataclass(frozen=True)
@@ -86,39 +88,50 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Evaluate on the validation split; every rank gets the whole result.
+        """Evaluate on the validation split, and on those beside it; every rank gets the whole result.
 
         Raises:
             FloatingPointError: On every rank, if the model says what is no number.
         """
         self.model.eval()
         counts = DensityCounts.empty(self.probe.names)
-        mine: dict[int, Prediction] = {}
-        for indices in self._my_batches():
-            examples = [self.data.validation[index] for index in indices]
-            mine.update(zip(indices, self._predict(examples, counts), strict=True))
+        predictions = [self._predictions(self.data.validation, counts)]
+        for examples in self.data.beside.values():  # counted, but for nobody: density is that of the validation split
+            predictions.append(self._predictions(examples, DensityCounts.empty(self.probe.names)))
         self.model.train()
         counts.rows = self.ranks.total(counts.rows)
-        predictions = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
-        if any(value != value for value in predictions.values()):
+        if any(value != value for split in predictions for value in split):
             raise FloatingPointError("the model's outputs are not finite in the evaluation")
-        return Evaluation(self._score(predictions), counts)
+        scores = self._score(self.data.validation, predictions[0])
+        for (suffix, examples), split in zip(self.data.beside.items(), predictions[1:], strict=True):
+            found = self._score(examples, split)
+            scores |= {f"{metric}_{suffix}": score for metric, score in found.items()}
+        return Evaluation(scores, counts)
 
-    def _my_batches(self) -> Iterator[list[int]]:
+    def _predictions(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
+        """Predict a split, every rank its batches; every rank gets all predictions, in order."""
+        mine: dict[int, Prediction] = {}
+        for indices in self._my_batches(examples):
+            mine.update(zip(indices, self._predict([examples[index] for index in indices], counts), strict=True))
+        everybodys = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
+        return [everybodys[index] for index in range(len(examples))]
+
+    def _my_batches(self, examples: list[Example]) -> Iterator[list[int]]:
         """Batches of like length, longest first; batch i belongs to rank i modulo world."""
-        validation = self.data.validation
-        order = sorted(range(len(validation)), key=lambda index: (-len(validation[index].input_ids), index))
+        order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].input_ids), index))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         yield from batches[self.ranks.rank :: self.ranks.world]
 
-    def _score(self, predictions: dict[int, Prediction]) -> dict[str, float]:
-        task = self.data.task
-        ordered = [predictions[index] for index in range(len(self.data.validation))]
-        if task.kind == "question":
-            scores = score_answers([str(text) for text in ordered], [e.answers for e in self.data.validation])
-            return {metric: scores[metric] for metric in (task.metric, *task.extra_metrics)}
-        labels = [example.label for example in self.data.validation]
-        return score_labels((task.metric, *task.extra_metrics), [float(value) for value in ordered], labels)
+    def _score(self, examples: list[Example], predictions: list[Prediction]) -> dict[str, float]:
+        metrics = (self.data.task.metric, *self.data.task.extra_metrics)
+        if self.data.task.kind == "question":
+            answers = [value for value in predictions if isinstance(value, Answer)]
+            found = surest_answers([example.row for example in examples], answers)
+            gold = {example.row: example.answers for example in examples}
+            scores = score_answers(list(found.values()), [gold[row] for row in found])
+            return {metric: scores[metric] for metric in metrics}
+        values = [value for value in predictions if isinstance(value, float)]
+        return score_labels(metrics, values, [example.label for example in examples])
 
     def _predict(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
         source = source_tensors(examples, self._pad_id, self.source_length, self.ranks.device)
@@ -159,8 +172,19 @@ class Evaluator:
         if logits.isnan().any():
             return [math.nan] * len(examples)
         tokens = generate(self.model, encoded, source, self.max_new_tokens)
-        texts: list[Prediction] = list(self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True))
-        return texts
+        texts = self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        if all(example.windows == 1 for example in examples):
+            return [Answer(text, 0.0) for text in texts]
+        sureness = self._sureness(tokens[:, 1:], source["attention_mask"], encoded)
+        return [Answer(*found) if found[1] == found[1] else math.nan for found in zip(texts, sureness, strict=True)]
+
+    def _sureness(self, tokens_BT: Tensor, mask_BT: Tensor, encoded: Any) -> list[float]:
+        """Mean log-probability of the tokens that were written, padding left out; no answer at all is least sure."""
+        labels = tokens_BT.masked_fill(tokens_BT == self._pad_id, IGNORED)
+        logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels)
+        lengths_B = (labels != IGNORED).sum(dim=-1)
+        mean_B = token_log_likelihood(logits, labels) / lengths_B
+        return [float(mean) if length else -math.inf for mean, length in zip(mean_B, lengths_B, strict=True)]
 
     @property
     def _pad_id(self) -> int:

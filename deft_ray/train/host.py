@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import torch
 
 from deft_ray.models.base import Base
+from deft_ray.spec.catalog import find_task
 from deft_ray.spec.schema import DataSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, encode_task
-from deft_ray.tasks.rows import load_rows
+from deft_ray.tasks.rows import load_beside, load_rows
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from deft_ray.train.storage import TrialStorage
@@ -128,8 +129,9 @@ class Host:
         return self._tasks[key]
 
 
-def load_task(task: str, data: DataSection, base: Base) -> EncodedTask:
-    """Load and tokenise a task's two splits."""
+def load_task(name: str, data: DataSection, base: Base) -> EncodedTask:
+    """Load and tokenise a task's splits."""
+    task = find_task(name, data)
     return encode_task(
         task,
         load_rows(task, "train", data.dir, data.train_examples),
@@ -138,6 +140,8 @@ def load_task(task: str, data: DataSection, base: Base) -> EncodedTask:
         text_to_text=base.family.text_to_text,
         max_source_tokens=data.max_source_tokens,
         max_target_tokens=data.max_target_tokens,
+        window_overlap_tokens=data.window_overlap_tokens,
+        beside=load_beside(task, data.dir, data.validation_examples),
     )
 
 

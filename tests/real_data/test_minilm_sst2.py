@@ -42,10 +42,11 @@ def test_a_real_encoder_learns_real_sst2_and_gives_up_density(tmp_path: Path) ->
 
 
 def test_every_task_that_the_data_folder_has_whole_can_be_read() -> None:
+    from deft_ray.spec.catalog import TASKS
     from deft_ray.tasks.rows import load_rows
 
     rows = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "rte": (2490, 277)}
     for task, (train, validation) in rows.items():
-        assert len(load_rows(task, "train", str(folder("DEFT_RAY_DATA")), None)) == train
-        assert len(load_rows(task, "validation", str(folder("DEFT_RAY_DATA")), None)) == validation
-    assert len(load_rows("squad", "validation", str(folder("DEFT_RAY_DATA")), None)) == 10570
+        assert len(load_rows(TASKS[task], "train", str(folder("DEFT_RAY_DATA")), None)) == train
+        assert len(load_rows(TASKS[task], "validation", str(folder("DEFT_RAY_DATA")), None)) == validation
+    assert len(load_rows(TASKS["squad"], "validation", str(folder("DEFT_RAY_DATA")), None)) == 10570

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from deft_ray.errors import SetupError
+from deft_ray.nano.tokenizer import build_tokenizer
+from deft_ray.spec.catalog import TASKS
 from deft_ray.tasks.encoding import EncodedTask, encode_task
 from tests.tiny import GLUE_TASKS, glue_rows, squad_rows
 
@@ -39,7 +44,7 @@ def tokenizer_of(folders: dict[str, Path], name: str) -> PreTrainedTokenizerBase
 
 def encode(tokenizer: PreTrainedTokenizerBase, task: str, rows: list[dict[str, Any]], **options: Any) -> EncodedTask:
     settings: dict[str, Any] = {"text_to_text": True, "max_source_tokens": 512, "max_target_tokens": 30}
-    return encode_task(task, rows, rows[:3], tokenizer, **{**settings, **options})
+    return encode_task(TASKS[task], rows, rows[:3], tokenizer, **{**settings, **options})
 
 
 @pytest.mark.parametrize("task", GLUE_TASKS)
@@ -96,13 +101,34 @@ def test_a_question_is_trained_on_its_first_answer_and_keeps_all(tiny_models: di
 
 def test_sources_and_answers_are_cut_and_still_end(tiny_models: dict[str, Path]) -> None:
     tokenizer = tokenizer_of(tiny_models, "t5")
-    row = {**squad_rows("train", 1)[0], "answers": {"text": ["a long answer of many words"], "answer_start": [0]}}
-    example = encode(tokenizer, "squad", [row], max_source_tokens=8, max_target_tokens=3).train[0]
-    whole = tokenizer(f"question: {row['question']} context: {row['context']}")["input_ids"]
+    row = glue_rows("mrpc", "train", 1)[0]
+    source = encode(tokenizer, "mrpc", [row], max_source_tokens=8).train[0].input_ids
+    whole = tokenizer(PROMPTS["mrpc"].format(**row))["input_ids"]
+    asked = {**squad_rows("train", 1)[0], "answers": {"text": ["a long answer of many words"], "answer_start": [0]}}
+    target = encode(tokenizer, "squad", [asked], max_target_tokens=3).train[0].target_ids
 
-    assert example.input_ids == [*whole[:7], tokenizer.eos_token_id]
-    assert len(example.target_ids) == 3
-    assert example.target_ids[-1] == tokenizer.eos_token_id
+    assert source == [*whole[:7], tokenizer.eos_token_id]
+    assert len(target) == 3
+    assert target[-1] == tokenizer.eos_token_id
+
+
+def test_labels_that_are_the_same_tokens_are_refused(tiny_models: dict[str, Path]) -> None:
+    """A tokenizer that does not know the letters, as T5's does not know Chinese, makes one unknown word of each."""
+    task = replace(TASKS["sst2"], labels=("bad", "坏", "好"))
+    with pytest.raises(SetupError) as caught:
+        encode_task(task, [], [], build_tokenizer(), text_to_text=True, max_source_tokens=64, max_target_tokens=8)
+
+    assert str(caught.value) == ("sst2: the labels '坏' and '好' are the same tokens to this model; give other names")
+
+
+def test_a_text_without_a_token_is_refused(tiny_models: dict[str, Path]) -> None:
+    """As of a tokenizer that adds no token of its own, and knows a text's only character as nothing."""
+    tokenizer = tokenizer_of(tiny_models, "bert")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    rows = [{"sentence": "a boat", "label": 0}, {"sentence": "\u200b", "label": 1}]
+    with pytest.raises(SetupError, match=r"^sst2: train: row 2: this model's tokenizer leaves nothing of its text$"):
+        encode(tokenizer, "sst2", rows, text_to_text=False)
 
 
 def test_label_words_are_never_cut(tiny_models: dict[str, Path]) -> None:

@@ -22,7 +22,15 @@ from deft_ray.spec.schema import SweepSpec
 VALID: dict[str, Any] = {
     "name": "fuzz",
     "model": {"name": "google/flan-t5-xl", "quantization": "nf4"},
-    "data": {"tasks": ["rte", "squad"], "max_source_tokens": 64},
+    "data": {
+        "tasks": ["rte", "squad", "mine"],
+        "max_source_tokens": 64,
+        "window_overlap_tokens": 16,
+        "own": {
+            "mine": {"train": "a.csv", "validation": "a.csv", "text": ["a", "b"], "label": "c", "labels": ["x", "y"]},
+            "faq": {"train": "a.csv", "validation": "a.csv", "question": "q", "context": "c", "answer": "a"},
+        },
+    },
     "adapter": {"r": {"choice": [4, 8]}, "lora_dropout": {"uniform": [0.0, 0.2]}, "target_modules": ["q", "v"]},
     "deft": {"approximation": {"choice": ["l0", "tanh"]}, "epsilon": {"loguniform": [1e-9, 1e-3]}, "beta": 20},
     "train": {"steps": 10, "batch_size": {"choice": [16, 32]}, "micro_batch_size": 4},
@@ -107,6 +115,8 @@ OVERRIDES = [
     "a.a.a=&a [*a]",
     "=",
     "train.steps.choice=1",
+    "data.own.mine.text=[a, b, c]",
+    "data.own.mine={choice: [1]}",
     "data.tasks.0.x=1",
     "search=!x 1",
     "space.x=1",
@@ -162,7 +172,9 @@ def outcome(file: Path, text: str, overrides: list[str]) -> SweepSpec | list[str
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_junk_gives_a_spec_or_faults(tmp_path: Path, seed: int) -> None:
+def test_junk_gives_a_spec_or_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").touch()
     rng = random.Random(seed)
     fault_line = re.compile(rf"({re.escape(str(tmp_path))}/spec\.yaml:\d+|--set .*): \S.*")
     file = tmp_path / "spec.yaml"

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from deft_ray.errors import SetupError
+from deft_ray.spec.catalog import find_task
 from deft_ray.spec.loading import check_tree, load_spec
 from deft_ray.spec.plan import build_plan
 from deft_ray.spec.rules import Machine
@@ -325,6 +326,36 @@ def test_paths_are_made_absolute_from_home_and_here(tmp_path: Path, monkeypatch:
     )
     hub = with_absolute_paths(spec_of(model={"name": "google/flan-t5-xl"}, storage="s3://bucket/x"))
     assert (hub.model.name, hub.data.dir, hub.storage) == ("google/flan-t5-xl", None, "s3://bucket/x")
+
+
+def test_own_files_are_read_before_anything_starts(tmp_path: Path, faults_of: Callable[..., list[str]]) -> None:
+    data = write_data(tmp_path / "data")
+    (data / "glue" / "sst2" / "train.parquet").unlink()
+    (data / "train.csv").write_text("body,stars\na boat,good\na horse,none\n")
+    (data / "dev.jsonl").write_text('{"body": "a boat"}\n')
+    own = {"train": "train.csv", "validation": "dev.jsonl", "text": "body", "label": "stars", "labels": ["bad", "good"]}
+    spec = spec_of(data={"tasks": ["sst2", "mine"], "dir": str(data), "own": {"mine": own}})
+    assert faults_of(spec) == [
+        "data/glue/sst2/train.parquet: data.dir: no such file; the task 'sst2' needs this split",
+        'data/train.csv: data.own.mine.train: row 2: unknown label (got "none"); allowed: bad, good, or 0 to 1',
+        "data/dev.jsonl: data.own.mine.validation: lacks the column stars; has body",
+    ]
+    unused = spec_of(data={"tasks": ["squad"], "dir": str(data), "own": {"mine": own}})
+    preflight(unused, RunDir(tmp_path / "out"), resume=False)
+
+
+def test_own_files_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("data/train.csv", "train.csv", "dev.csv"):
+        (tmp_path / name).touch()
+    own = {"train": "train.csv", "validation": "~/dev.csv", "text": "body", "label": "stars", "labels": ["bad", "good"]}
+    for folder, train in ((None, "train.csv"), ("data", "data/train.csv")):
+        spec = with_absolute_paths(spec_of(data={"tasks": ["mine"], "dir": folder, "own": {"mine": own}}))
+        mine = spec.data.own["mine"]
+        assert (mine.train, mine.validation) == (f"{tmp_path}/{train}", f"{tmp_path}/dev.csv")
+        assert find_task("mine", spec.data).files == (mine.train, mine.validation)
 
 
 @pytest.fixture

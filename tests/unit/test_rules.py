@@ -81,6 +81,23 @@ def test_a_folder_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytes
         ]
 
 
+@pytest.mark.parametrize(
+    ("data", "length"),
+    [
+        ({"window_overlap_tokens": 128}, 128),
+        ({"window_overlap_tokens": 64, "max_source_tokens": 64}, 64),
+        ({"window_overlap_tokens": 200, "max_source_tokens": 64}, 64),
+        ({"window_overlap_tokens": 127}, None),
+        ({"window_overlap_tokens": 0, "max_source_tokens": 8}, None),
+        ({"max_source_tokens": 8}, None),
+    ],
+)
+def test_windows_overlap_by_less_than_a_source(data: dict[str, Any], length: int | None) -> None:
+    message = f"must be below data.max_source_tokens = {length} (got {data.get('window_overlap_tokens')})"
+    found = faults_of(data={"tasks": ["nano-question"], **data})
+    assert found == ([] if length is None else [(("data", "window_overlap_tokens"), message)])
+
+
 @pytest.mark.parametrize("name", ["/no/such/t5", "./t5", "../no-such/t5", "~/no-such/t5"])
 def test_a_model_that_is_plainly_a_folder_must_be_there(name: str) -> None:
     message = f"no such folder (got \"{name}\"); allowed: 'nano', a folder, or a hub name"

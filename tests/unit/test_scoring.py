@@ -9,7 +9,7 @@ import string
 
 import pytest
 
-from deft_ray.tasks.scoring import score_answers, score_labels
+from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
 
 
 def cells(predicted: list[int], true: list[int]) -> tuple[int, int, int, int]:
@@ -132,3 +132,42 @@ def test_many_answers_are_averaged() -> None:
     exact = [any(normal(p) == normal(g) for g in gold) for p, gold in zip(predictions, golds, strict=True)]
     assert scores["f1"] == pytest.approx(sum(best) / 60, abs=1e-6)
     assert scores["exact_match"] == pytest.approx(sum(exact) / 60, abs=1e-6)
+
+
+def test_a_question_gets_the_answer_of_the_surest_window() -> None:
+    """By the mean over an answer's tokens: seven sure words beat one that is less sure, though their sum is lower."""
+    log_probabilities = {
+        (4, "a long but sure answer of words"): [-0.1] * 8,
+        (4, "short"): [-0.5],
+        (2, "alone"): [-9.0, -9.0],
+        (7, "unsure"): [-3.0, -1.0],
+        (7, ""): [],
+        (7, "surer"): [-1.0, -2.9],
+    }
+    rows = [row for row, _ in log_probabilities]
+    answers = [
+        Answer(text, sum(tokens) / len(tokens) if tokens else -math.inf)
+        for (_, text), tokens in log_probabilities.items()
+    ]
+
+    assert list(surest_answers(rows, answers).items()) == [
+        (4, "a long but sure answer of words"),
+        (2, "alone"),
+        (7, "surer"),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_surest_window_is_found_wherever_it_stands(seed: int) -> None:
+    dice = random.Random(seed)
+    windows = [(row, f"{row}-{window}", dice.choice([-1.0, -2.0, -3.0])) for row in range(6) for window in range(4)]
+    found = surest_answers([row for row, _, _ in windows], [Answer(text, sure) for _, text, sure in windows])
+
+    for row in range(6):
+        mine = [(text, sure) for number, text, sure in windows if number == row]
+        best = max(sure for _, sure in mine)
+        assert found[row] == next(text for text, sure in mine if sure == best), "the first of equals"
+
+
+def test_no_answer_at_all_is_an_answer_where_there_is_no_other() -> None:
+    assert surest_answers([0, 0], [Answer("", -math.inf), Answer("x", -math.inf)]) == {0: ""}
