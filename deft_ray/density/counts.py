@@ -20,13 +20,13 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
     """Count one layer's activations.
 
     Args:
-        act_BTF: Activations after the non-linearity and before any gate product.
+        act_BTF: Activations after the non-linearity and before any gate product; OPT's are (B x T, F).
         mask_BT: True (or 1) at real tokens.
 
     Returns:
         int64 ``[non-zero, total, non-zero with padding, total with padding, |a| > τ for τ in TAUS]``.
     """
-    mask = mask_BT.to(torch.int64)
+    mask = mask_BT.to(torch.int64).reshape(act_BTF.shape[:-1])
     nonzero_BT = torch.count_nonzero(act_BTF, dim=-1)
     width = act_BTF.shape[-1]
     row = [(nonzero_BT * mask).sum(), mask.sum() * width, nonzero_BT.sum(), torch.tensor(act_BTF.numel())]

@@ -102,7 +102,7 @@ class DensityProbe:
         return hook
 
     def _penalise(self, site: Site, act_BTF: Tensor, penalty: Penalty) -> Tensor | None:
-        mask_BT = penalty.masks[site.side].to(torch.float32)
+        mask_BT = penalty.masks[site.side].to(torch.float32).reshape(act_BTF.shape[:-1])  # OPT's MLP has no B and T
         weight_BT = mask_BT / (mask_BT.sum() * act_BTF.shape[-1]).clamp(min=1.0)
         if penalty.measure:
             with torch.no_grad():

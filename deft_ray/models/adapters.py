@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from deft_ray.models.base import Base
 from deft_ray.models.families import renew_head
@@ -21,11 +22,11 @@ def attach_adapter(
     target_modules: str | list[str],
     gradient_checkpointing: bool = False,
 ) -> PeftModel:
-    """Attach a LoRA adapter, and a task head to an encoder; draws from torch's global random state.
+    """Attach a LoRA adapter, and a task head to a model with one stack; draws from torch's global random state.
 
     Args:
         base: The shared base, without an adapter.
-        outputs: Classes of an encoder's head (1 for a regression); None for text-to-text models.
+        outputs: Classes of the head (1 for a regression); None for text-to-text models.
         r: LoRA rank.
         lora_alpha: LoRA scale times r.
         lora_dropout: Dropout on LoRA's input.
@@ -47,6 +48,7 @@ def attach_adapter(
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation says int, its code takes any number
         lora_dropout=lora_dropout,
         target_modules=target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
         task_type=TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS,
     )
     model: PeftModel = get_peft_model(base.model, config)
@@ -57,7 +59,9 @@ def attach_adapter(
 
 
 def _require_targets(base: Base, target_modules: list[str]) -> None:
-    linear = {name.split(".")[-1] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.split(".")[-1] for name, module in base.model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     names = [name for name, _ in base.model.named_modules()]
     lost = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in names)]
     if lost:

@@ -15,11 +15,11 @@ class Task:
 
     Args:
         name: Name in a spec.
-        kind: ``classification``, ``regression`` or ``question``.
-        source: ``glue``, ``squad`` or ``nano``.
-        columns: Text columns in the order in which they enter the prompt or the encoder.
+        kind: ``classification``, ``regression``, ``question`` or ``image``.
+        source: ``glue``, ``squad``, ``nano``, ``cifar10`` or ``images``.
+        columns: Text columns in the order in which they enter the prompt or the encoder, or the column of images.
         prompt: Text-to-text prompt with one ``{column}`` per text column.
-        labels: Label words, index = label number; empty for regression and questions.
+        labels: Label words, index = label number; empty for regression, questions and a folder of images.
         metric: Key of the score (see ``tasks.scoring``).
         extra_metrics: Reported beside the score.
         validation: Name of the validation split.
@@ -101,6 +101,17 @@ _ALL = (
         "f1",
         ("exact_match",),
     ),
+    Task(
+        "cifar10",
+        "image",
+        "cifar10",
+        ("img",),
+        "",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        "accuracy",
+        validation="test",
+    ),
+    Task("images", "image", "images", ("img",), "", (), "accuracy"),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -110,7 +121,13 @@ FAMILY_KINDS: dict[str, tuple[str, ...]] = {
     "t5": ("classification", "regression", "question"),
     "bert": ("classification", "regression"),
     "roberta": ("classification", "regression"),
+    "opt": ("classification", "regression"),
+    "gpt2": ("classification", "regression"),
+    "vit": ("image",),
 }
+
+#: Families with an encoder and a decoder; the others have one stack.
+TWO_STACKS = ("t5",)
 
 #: Model name of the pretrained model that ships with the package.
 NANO = "nano"

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deft_ray.spec.catalog import FAMILY_KINDS, NANO, TASKS
+from deft_ray.spec.catalog import FAMILY_KINDS, NANO, TASKS, TWO_STACKS
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.messages import did_you_mean
 from deft_ray.spec.yaml_tree import Fault, Path, show
@@ -83,7 +83,20 @@ def check_rules(
         machine: What this machine has; None where the sweep runs on a cluster.
     """
     view = _View(values, space, broken)
-    rules = (_tasks, _family, _files, _approximation, _length, _batch, _baseline, _seeds, _try_first)
+    rules = (
+        _tasks,
+        _family,
+        _files,
+        _images,
+        _wo,
+        _stacks,
+        _approximation,
+        _length,
+        _batch,
+        _baseline,
+        _seeds,
+        _try_first,
+    )
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -121,6 +134,26 @@ def _files(view: _View) -> Iterator[Fault]:
     name = view.get("model.name")
     if isinstance(name, str) and name.startswith(("/", "./", "../", "~")) and not _is_folder(name):
         yield ("model", "name"), f"no such folder (got {show(name)}); allowed: '{NANO}', a folder, or a hub name"
+
+
+def _images(view: _View) -> Iterator[Fault]:
+    tasks = view.get("data.tasks", [])
+    if isinstance(tasks, list) and "images" in tasks and view.get("data.dir") is None:
+        yield ("data", "dir"), "is required by the task 'images' (got nothing); holds images/<split>/<class>/<file>"
+
+
+def _wo(view: _View) -> Iterator[Fault]:
+    wo, family = view.get("model.wo"), view.get("model.family")
+    if wo is not None and (view.get("model.quantization", "none") != "nf4" or family not in ("t5", None)):
+        what = f"is only for a T5 under quantization 'nf4' (got {show(wo)})"
+        yield ("model", "wo"), f"{what}; leave it out, or set model.quantization"
+
+
+def _stacks(view: _View) -> Iterator[Fault]:
+    family, alpha = view.get("model.family"), view.get("deft.alpha_decoder")
+    if alpha is not None and family is not None and family not in TWO_STACKS:
+        what = f"is only for models with an encoder and a decoder (got {show(alpha)})"
+        yield ("deft", "alpha_decoder"), f"{what}; deft.alpha weighs the one stack of the family '{family}'"
 
 
 def _is_folder(path: str) -> bool:

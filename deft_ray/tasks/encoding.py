@@ -1,12 +1,14 @@
-"""From rows to token ids: text-to-text for encoder-decoders, pairs and a label for encoders."""
+"""From rows to examples: text-to-text for encoder-decoders, pairs and a label, or a picture, for models with a head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deft_ray.spec.catalog import TASKS, Task
+from deft_ray.tasks.images import Picture, make_pictures
 from deft_ray.tasks.rows import Row
 
 #: STS-B's answers in words, as T5 was trained on them: 0.0, 0.2 … 5.0.
@@ -23,6 +25,7 @@ class Example:
         label: Class number, regression value, or index among the candidates; -1 for questions.
         answers: Gold answers of a question.
         type_ids: Which text of a pair each token belongs to; empty where the tokenizer makes no difference.
+        picture: The image, where a model reads one; there are no token ids then.
     """
 
     input_ids: list[int]
@@ -30,6 +33,12 @@ class Example:
     label: float
     answers: tuple[str, ...] = ()
     type_ids: tuple[int, ...] = ()
+    picture: Picture | None = None
+
+    @property
+    def source_tokens(self) -> int:
+        """Real tokens that the model reads."""
+        return len(self.input_ids) if self.picture is None else self.picture.tokens
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,29 @@ class EncodedTask:
     def outputs(self) -> int:
         """Outputs of an encoder's head."""
         return len(self.task.labels) or 1
+
+
+def encode_images(task: Task, train: list[Row], validation: list[Row], processor: Any, tokens: int) -> EncodedTask:
+    """Make pictures of both splits; pixels come when a batch needs them.
+
+    Args:
+        task: An image task, with all its labels.
+        train: Training rows.
+        validation: Validation rows.
+        processor: The base's image processor.
+        tokens: Tokens that the base makes of an image.
+
+    Raises:
+        SetupError: If a row holds no image.
+    """
+
+    def encode(rows: list[Row]) -> list[Example]:
+        pictures = make_pictures(rows, processor, tokens)
+        return [
+            Example([], [], float(row["label"]), picture=picture) for row, picture in zip(rows, pictures, strict=True)
+        ]
+
+    return EncodedTask(task, encode(train), encode(validation), [], [])
 
 
 def answer_words(task: Task) -> tuple[str, ...]:

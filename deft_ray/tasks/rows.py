@@ -1,4 +1,4 @@
-"""Rows of a task: from the nano generator, a folder of parquet files, or the hub."""
+"""Rows of a task: from the nano generator, a folder of parquet files or images, or the hub."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from deft_ray.errors import SetupError
 from deft_ray.spec.catalog import TASKS, Task
+from deft_ray.tasks.images import folder_faults, folder_rows
 
 Row = dict[str, Any]
 
-_HUB = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad"}
+_HUB = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad", "cifar10": "uoft-cs/cifar10"}
 _NANO_ROWS = {"train": 2000, "validation": 500}
 
 
 def parquet_file(task: Task, split: str, folder: Path) -> Path:
-    """Return where a task's split lies in a data folder: ``glue/sst2/train.parquet``, ``squad/train.parquet``."""
+    """Return where a task's split lies in a data folder: ``glue/sst2/train.parquet``, ``cifar10/test.parquet``."""
     place = folder / task.source / task.name if task.source == "glue" else folder / task.source
     return place / f"{split}.parquet"
 
@@ -30,6 +31,9 @@ def check_data_folder(tasks: list[str], folder: Path) -> None:
     faults = []
     for task in (TASKS[name] for name in tasks):
         if task.source == "nano":
+            continue
+        if task.source == "images":
+            faults += folder_faults(folder)
             continue
         for split in ("train", task.validation):
             file = parquet_file(task, split, folder)
@@ -74,6 +78,8 @@ def load_rows(task_name: str, split: str, folder: str | None, limit: int | None)
 
         return generate(task_name, split, limit or _NANO_ROWS[split])
     name = task.validation if split == "validation" else split
+    if task.source == "images" and folder is None:
+        raise SetupError(f"{task_name}: needs data.dir, a folder that holds images/<split>/<class>/<file>")
     rows = _from_hub(task, name) if folder is None else _from_folder(task, name, Path(folder))
     if limit is not None and limit < len(rows):
         rows = random.Random(f"{task_name} {split}").sample(rows, limit)
@@ -88,6 +94,8 @@ def load_rows(task_name: str, split: str, folder: str | None, limit: int | None)
 def _lacks_answer(task: Task, row: Row) -> bool:
     if task.kind == "question":
         return not row["answers"]["text"]
+    if task.source == "images":
+        return False
     highest = 5 if task.kind == "regression" else len(task.labels) - 1
     return not 0 <= row["label"] <= highest
 
@@ -95,6 +103,8 @@ def _lacks_answer(task: Task, row: Row) -> bool:
 def _from_folder(task: Task, split: str, folder: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
+    if task.source == "images":
+        return folder_rows(folder, split)
     file = parquet_file(task, split, folder)
     if not file.is_file():
         raise SetupError(f"{file}: no such file; the task '{task.name}' needs this split")
@@ -108,7 +118,10 @@ def _from_hub(task: Task, split: str) -> list[Row]:
     datasets.disable_progress_bars()
     name = task.name if task.source == "glue" else None
     try:
-        return list(datasets.load_dataset(_HUB[task.source], name, split=split))
+        rows = datasets.load_dataset(_HUB[task.source], name, split=split)
+        if task.kind == "image":
+            rows = rows.cast_column(task.columns[0], datasets.Image(decode=False))
+        return list(rows)
     except (OSError, ValueError) as error:
         raise SetupError(
             f"{task.name}: the data set {_HUB[task.source]} cannot be had from the hub ({error}); "

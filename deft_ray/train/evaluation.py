@@ -24,7 +24,7 @@ from deft_ray.density.probe import DensityProbe
 from deft_ray.models.base import Base
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.scoring import score_answers, score_labels
-from deft_ray.train.batches import IGNORED, pad, source_tensors
+from deft_ray.train.batches import IGNORED, pad, source_mask, source_tensors
 from deft_ray.train.ranks import Ranks
 
 Prediction = float | str
@@ -105,7 +105,7 @@ class Evaluator:
     def _my_batches(self) -> Iterator[list[int]]:
         """Batches of like length, longest first; batch i belongs to rank i modulo world."""
         validation = self.data.validation
-        order = sorted(range(len(validation)), key=lambda index: (-len(validation[index].input_ids), index))
+        order = sorted(range(len(validation)), key=lambda index: (-validation[index].source_tokens, index))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         yield from batches[self.ranks.rank :: self.ranks.world]
 
@@ -119,8 +119,9 @@ class Evaluator:
         return score_labels((task.metric, *task.extra_metrics), [float(value) for value in ordered], labels)
 
     def _predict(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
-        source = source_tensors(examples, self._pad_id, self.source_length, self.ranks.device)
-        masks = {"encoder": source["attention_mask"]}
+        side = self.base.family.side
+        source = source_tensors(examples, self.base.pad_id, self.source_length, self.ranks.device, side=side)
+        masks = {side: source_mask(source, examples)}
         if not self.base.family.text_to_text:
             with self.probe.counting(counts, masks):
                 logits = self.model(**source).logits.float()
@@ -170,11 +171,6 @@ class Evaluator:
         )
         texts: list[Prediction] = list(self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True))
         return texts
-
-    @property
-    def _pad_id(self) -> int:
-        pad_id = self.base.tokenizer.pad_token_id
-        return 0 if pad_id is None else int(pad_id)
 
 
 def _finite_or_nan(chosen_B: Tensor, scores_BC: Tensor) -> list[Prediction]:

@@ -12,16 +12,19 @@ import platform
 import resource
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from deft_ray.models.base import Base
+from deft_ray.spec.catalog import TASKS
 from deft_ray.spec.schema import DataSection, TrialSpec
-from deft_ray.tasks.encoding import EncodedTask, encode_task
+from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
+from deft_ray.tasks.images import class_names
 from deft_ray.tasks.rows import load_rows
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
@@ -129,11 +132,18 @@ class Host:
 
 
 def load_task(task: str, data: DataSection, base: Base) -> EncodedTask:
-    """Load and tokenise a task's two splits."""
+    """Load and tokenise a task's two splits, or make pictures of them."""
+    train = load_rows(task, "train", data.dir, data.train_examples)
+    validation = load_rows(task, "validation", data.dir, data.validation_examples)
+    if base.family.images:
+        known = TASKS[task]
+        if not known.labels:
+            known = replace(known, labels=class_names(Path(str(data.dir))))
+        return encode_images(known, train, validation, base.image_processor, base.image_tokens)
     return encode_task(
         task,
-        load_rows(task, "train", data.dir, data.train_examples),
-        load_rows(task, "validation", data.dir, data.validation_examples),
+        train,
+        validation,
         base.tokenizer,
         text_to_text=base.family.text_to_text,
         max_source_tokens=data.max_source_tokens,

@@ -152,7 +152,7 @@ class Slot:
         _restore_random_state(state["random"])
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter, and the head of an encoder, as PEFT does; plain PEFT opens it."""
+        """Write the adapter, and the head where there is one, as PEFT does; plain PEFT opens it."""
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def close(self) -> None:
@@ -175,7 +175,8 @@ class Slot:
 
     def _batch_sizes(self, examples: list[Example]) -> dict[str, int]:
         """Real tokens by side, and items of the task loss, of the whole step over all ranks."""
-        sizes = {"encoder": sum(len(example.input_ids) for example in examples), "items": len(examples)}
+        tokens = sum(example.source_tokens for example in examples)
+        sizes = {self.base.family.side: tokens, "items": len(examples)}
         if self.base.family.text_to_text:
             sizes["decoder"] = sizes["items"] = sum(len(example.target_ids) for example in examples)
         return sizes
@@ -190,12 +191,13 @@ class Slot:
         fixed = data.padding == "max_length"
         return training_batch(
             examples,
-            pad_id=self.base.tokenizer.pad_token_id or 0,
+            pad_id=self.base.pad_id,
             text_to_text=self.base.family.text_to_text,
             regression=self.data.task.kind == "regression",
             device=self.ranks.device,
             source_length=data.max_source_tokens if fixed else None,
             target_length=data.max_target_tokens if fixed else None,
+            side=self.base.family.side,
         )
 
     def _penalty(self, batch: Batch, shares: dict[str, float], measure: bool) -> Penalty:

@@ -15,7 +15,16 @@ from deft_ray.models.adapters import attach_adapter, detach_adapter, trainable_s
 from deft_ray.models.base import Base, load_base
 
 R = 4
-FAMILIES = [("t5", None), ("bert", 3), ("roberta", 1)]
+HEADS = ("classifier", "score")
+FAMILIES = [("t5", None), ("bert", 3), ("roberta", 1), ("opt", 3), ("gpt2", 1), ("vit", 3)]
+QUERY_AND_VALUE = {
+    "t5": ["q", "v"],
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "opt": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "vit": ["q_proj", "v_proj"],
+}
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
@@ -30,6 +39,8 @@ def attach(base: Base, outputs: int | None, seed: int = 0, **options: Any) -> Pe
 
 
 def inputs_of(base: Base) -> dict[str, Tensor]:
+    if base.family.images:
+        return {"pixel_values": torch.linspace(-1, 1, 3 * 3 * 32 * 32).reshape(3, 3, 32, 32)}
     ids = torch.arange(24).reshape(3, 8) + 40
     return {"input_ids": ids, **({"labels": ids[:, :3].contiguous()} if base.family.text_to_text else {})}
 
@@ -45,7 +56,11 @@ def answers(base: Base, model: Any = None) -> Tensor:
 
 
 def state(base: Base) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in base.model.state_dict().items() if "classifier" not in name}
+    return {
+        name: weight.clone()
+        for name, weight in base.model.state_dict().items()
+        if not name.startswith(HEADS)
+    }
 
 
 def train_a_little(base: Base, model: PeftModel, outputs: int | None) -> None:
@@ -79,8 +94,8 @@ def test_base_is_bit_identical_after_a_trained_adapter(
     assert hook_count(base) == hooks
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not base.model.is_activation_checkpointing
-    without_head = [key for key in modules if "classifier" not in key]
-    assert [key for key, _ in base.model.named_modules() if "classifier" not in key] == without_head
+    without_head = [key for key in modules if not key.startswith(HEADS)]
+    assert [key for key, _ in base.model.named_modules() if not key.startswith(HEADS)] == without_head
 
 
 def hook_count(base: Base) -> int:
@@ -88,7 +103,7 @@ def hook_count(base: Base) -> int:
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
         for name, module in base.model.named_modules()
-        if "classifier" not in name
+        if not name.startswith(HEADS)
     )
 
 
@@ -100,7 +115,7 @@ def test_a_second_adapter_does_not_see_the_first(bases: dict[str, Base], name: s
     want = trained(alone)
     detach_adapter(alone)
 
-    first = attach(base, outputs, seed=1, r=2, target_modules=["q", "v"] if name == "t5" else ["query", "value"])
+    first = attach(base, outputs, seed=1, r=2, target_modules=QUERY_AND_VALUE[name])
     train_a_little(base, first, outputs)
     detach_adapter(first)
     second = attach(base, outputs, seed=5)
@@ -141,7 +156,7 @@ def test_only_adapter_and_head_train_in_float32_and_are_counted(
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     detach_adapter(model)
 
-    assert all("lora_" in key or "classifier.modules_to_save" in key for key in names)
+    assert all("lora_" in key or ".modules_to_save" in key for key in names)
     assert dtypes == {torch.float32}
     adapter, frozen = own_count(name, outputs)
     assert share == pytest.approx(adapter / (adapter + frozen), rel=1e-12)
@@ -158,7 +173,15 @@ def own_count(name: str, outputs: int | None) -> tuple[int, int]:
         return trainable, 2 * vocabulary * d + attentions * 4 * d * d + mlps * 3 * d * ff + norms * d + biases
     assert outputs is not None
     layer_lora = 4 * lora["square"] + lora["up"] + lora["down"]
+    if name == "gpt2":  # query, key and value are one layer
+        layer_lora += R * (d + 3 * d) - 3 * lora["square"]
     layer = 4 * (d * d + d) + (d * ff + ff) + (ff * d + d) + 2 * 2 * d
+    if name in ("opt", "gpt2"):
+        embeddings, norm = (vocabulary + (514 if name == "opt" else 512)) * d, 2 * d
+        return 2 * layer_lora + d * outputs, embeddings + 2 * layer + norm + d * outputs
+    if name == "vit":
+        embeddings, norm, head = 3 * 8 * 8 * d + d + d + 17 * d, 2 * d, d * outputs + outputs
+        return 2 * layer_lora + head, embeddings + 2 * layer + norm + head
     positions, types = (512, 2) if name == "bert" else (514, 1)
     embeddings = (vocabulary + positions + types) * d + 2 * d
     head = d * outputs + outputs if name == "bert" else d * d + d + d * outputs + outputs
@@ -167,7 +190,7 @@ def own_count(name: str, outputs: int | None) -> tuple[int, int]:
     return 2 * layer_lora + pooler_lora + head, embeddings + 2 * layer + pooler + head
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "opt", "gpt2", "vit"])
 def test_every_trial_has_a_fresh_head_of_its_size(bases: dict[str, Base], name: str) -> None:
     base = bases[name]
     for outputs in (2, 3, 1):
