@@ -56,11 +56,7 @@ def answers(base: Base, model: Any = None) -> Tensor:
 
 
 def state(base: Base) -> dict[str, Tensor]:
-    return {
-        name: weight.clone()
-        for name, weight in base.model.state_dict().items()
-        if not name.startswith(HEADS)
-    }
+    return {name: weight.clone() for name, weight in base.model.state_dict().items() if not name.startswith(HEADS)}
 
 
 def train_a_little(base: Base, model: PeftModel, outputs: int | None) -> None:

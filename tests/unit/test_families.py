@@ -25,7 +25,8 @@ KNOWN = "families known: t5, bert, roberta, opt, gpt2, vit"
 def load(folders: dict[str, Path], name: str) -> PreTrainedModel:
     auto: Any = {"t5": AutoModelForSeq2SeqLM, "vit": AutoModelForImageClassification}.get(name.split("-")[-1])
     model: PreTrainedModel = (auto or AutoModelForSequenceClassification).from_pretrained(folders[name])
-    model.config.pad_token_id = model.config.pad_token_id or 0  # GPT-2 has none
+    if name == "gpt2":
+        model.config.pad_token_id = 0
     return model
 
 
