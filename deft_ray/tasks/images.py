@@ -53,11 +53,14 @@ def make_pictures(rows: Sequence[dict[str, Any]], processor: Any, tokens: int) -
     """Look at the head of every image, and keep it for later.
 
     Raises:
-        SetupError: If one is no image, naming its file.
+        SetupError: If one is no image, naming its file or number.
     """
     pictures = []
     for number, row in enumerate(rows):
-        data, path = row["img"]["bytes"], row["img"]["path"] or f"image {number}"
+        image = row["img"]
+        if not isinstance(image, dict) or not {"bytes", "path"} <= image.keys():
+            raise SetupError(f"image {number}: the column 'img' holds no images; needs structs of bytes and path")
+        data, path = image["bytes"], image["path"] or f"image {number}"
         _open(data, path, whole=False)
         pictures.append(Picture(data, path, processor, tokens))
     return pictures
@@ -69,7 +72,7 @@ def _open(data: bytes | None, path: str, *, whole: bool) -> Any:
     try:
         with Image.open(path if data is None else io.BytesIO(data)) as image:
             return image.convert("RGB") if whole else None
-    except (OSError, ValueError, SyntaxError) as error:  # all of them come from damaged files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged files raise them all
         raise SetupError(f"{path}: cannot be read as an image ({error}); needs {', '.join(_SUFFIXES)}") from None
 
 

@@ -26,7 +26,7 @@ from deft_ray.train.host import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from tests.plain_peft import PlainCounts
-from tests.tiny import glue_rows, make_image, tiny_trial
+from tests.tiny import glue_rows, make_image, tiny_trial, write_tiny_gpt2, write_tiny_opt, write_tiny_vit
 from tests.unit.test_slot import EPSILON, check_density, run, shaken, taken_gradient, weights, worst
 
 #: Model, task, outputs of the head, text columns.
@@ -41,12 +41,25 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def bases(tiny_models: dict[str, Path]) -> Callable[[str, str], Base]:
+def models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models, and ``dry-`` ones without dropout."""
+    root = tmp_path_factory.mktemp("dry")
+    return {
+        **tiny_models,
+        "dry-gpt2": write_tiny_gpt2(root / "gpt2", dropout=0.0),
+        "dry-opt": write_tiny_opt(root / "opt", dropout=0.0),
+        "dry-narrow-opt": write_tiny_opt(root / "narrow-opt", dropout=0.0, narrow=True),
+        "dry-vit": write_tiny_vit(root / "vit", dropout=0.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def bases(models: dict[str, Path]) -> Callable[[str, str], Base]:
     loaded: dict[tuple[str, str], Base] = {}
 
     def get(name: str, quantization: str) -> Base:
         if (name, quantization) not in loaded:
-            folder = str(tiny_models[name])
+            folder = str(models[name])
             loaded[name, quantization] = load_base(folder, name.split("-")[-1], quantization=quantization)
         return loaded[name, quantization]
 
@@ -54,13 +67,13 @@ def bases(tiny_models: dict[str, Path]) -> Callable[[str, str], Base]:
 
 
 @pytest.fixture
-def open_slot(bases: Any, ranks: Ranks, tiny_models: dict[str, Path], tiny_data: Path) -> Iterator[Callable[..., Slot]]:
+def open_slot(bases: Any, ranks: Ranks, models: dict[str, Path], tiny_data: Path) -> Iterator[Callable[..., Slot]]:
     opened: list[Slot] = []
 
     def make(name: str, task: str, quantization: str = "none", **leaves: Any) -> Slot:
         while opened:
             opened.pop().close()
-        spec: TrialSpec = tiny_trial(tiny_models[name], name.split("-")[-1], tiny_data, task, **leaves)
+        spec: TrialSpec = tiny_trial(models[name], name.split("-")[-1], tiny_data, task, **leaves)
         base = bases(name, quantization)
         opened.append(Slot(spec, base, load_task(spec.task, spec.data, base), ranks))
         return opened[0]
@@ -185,7 +198,7 @@ def plain_gradient(
 @pytest.mark.parametrize(("name", "task", "outputs", "columns"), CASES)
 def test_a_step_has_the_gradient_of_its_rows_one_by_one(
     open_slot: Any,
-    tiny_models: dict[str, Path],
+    models: dict[str, Path],
     tiny_data: Path,
     name: str,
     task: str,
@@ -194,6 +207,7 @@ def test_a_step_has_the_gradient_of_its_rows_one_by_one(
     micro: int | None,
 ) -> None:
     """Padding on the left moves neither the answer nor the density; nor does cutting the batch into pieces."""
+    name = f"dry-{name}"
     slot = open_slot(
         name,
         task,
@@ -204,17 +218,10 @@ def test_a_step_has_the_gradient_of_its_rows_one_by_one(
         train__gradient_checkpointing=micro == 2,
     )
     shaken(slot)
-    for module in slot.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "dropout") and isinstance(module.dropout, float):
-            module.dropout = 0.0
-    slot.model.eval()
-    inputs = plain_inputs(tiny_models[name], tiny_data, task, columns, "train")
+    inputs = plain_inputs(models[name], tiny_data, task, columns, "train")
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()[:6]
     labels = [slot.data.train[index].label for index in order]
     want = plain_gradient(slot, [inputs[index] for index in order], labels, outputs, 2.0)
-    slot.engine.eval() if micro is None else slot.engine.train()
     slot.step()
 
     assert worst(taken_gradient(slot), want) < 3e-5
