@@ -10,12 +10,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from deft_ray.errors import SetupError
+
+if TYPE_CHECKING:  # folders are checked before anything heavy is imported
+    from torch import Tensor
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -46,7 +46,8 @@ class Picture:
             SetupError: If this is no image, naming the file.
         """
         image = _open(self.data, self.path, whole=True)
-        return torch.as_tensor(self.processor(image, return_tensors="pt")["pixel_values"][0])
+        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
 
 def make_pictures(rows: Sequence[dict[str, Any]], processor: Any, tokens: int) -> list[Picture]:
