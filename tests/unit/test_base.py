@@ -10,7 +10,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, OPTForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertForMaskedLM,
+    GPT2LMHeadModel,
+    GPT2Model,
+    OPTForCausalLM,
+    OPTModel,
+    PreTrainedModel,
+    ViTModel,
+)
 
 from deft_ray.errors import SetupError
 from deft_ray.models.base import load_base
@@ -99,17 +108,29 @@ def test_an_encoder_without_its_task_head_is_welcome(tiny_models: dict[str, Path
     assert len(load_base(str(tiny_models["roberta"]), "roberta").sites) == 2
 
 
-def test_language_model_checkpoints_of_decoders_load(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """As the hub has them: a language model's head in place of ours."""
-    for name, cls in (("gpt2", GPT2LMHeadModel), ("narrow-opt", OPTForCausalLM)):
-        base = load_base(str(tiny_models[name]), name.split("-")[-1])
-        language_model = cls(base.model.config)
-        language_model.save_pretrained(tmp_path / name)
-        base.tokenizer.save_pretrained(tmp_path / name)
-        found = load_base(str(tmp_path / name), name.split("-")[-1])
-        want = language_model.get_input_embeddings().weight
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("gpt2", GPT2LMHeadModel),
+        ("gpt2", GPT2Model),
+        ("narrow-opt", OPTForCausalLM),
+        ("opt", OPTModel),
+        ("vit", ViTModel),
+    ],
+)
+def test_pretrained_checkpoints_load(
+    tiny_models: dict[str, Path], tmp_path: Path, name: str, cls: type[PreTrainedModel]
+) -> None:
+    """As the hub has them: a language model's head in place of ours, or no head, and no prefix to the names."""
+    family, folder = name.split("-")[-1], copy_folder(tiny_models[name], tmp_path / name)
+    stored = cls(load_base(str(folder), family).model.config)
+    stored.save_pretrained(folder)
+    base = load_base(str(folder), family)
 
-        assert torch.equal(found.model.get_input_embeddings().weight, want)
+    want = {key.removeprefix(f"{stored.base_model_prefix}."): weight for key, weight in stored.state_dict().items()}
+    got = base.model.base_model.state_dict()
+    assert len(got) > 20
+    assert all(torch.equal(weight, want[key]) for key, weight in got.items())
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 
+from deft_ray.models.adapters import attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.models.wo import check_wo, loading_wo, settle_wo
@@ -175,6 +177,31 @@ def test_an_unquantised_load_does_not_heed_wo(tiny_models: dict[str, Path]) -> N
     base = load_base(str(tiny_models["t5"]), "t5", dtype="bfloat16", wo="float32")
 
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
+
+
+def test_an_adapter_over_a_quantised_wo_has_the_gradient_of_opened_weights(tiny_models: dict[str, Path]) -> None:
+    base = load(tiny_models["dry-t5"], "nf4")
+    plain = opened(base)
+    torch.manual_seed(0)
+    ours = attach_adapter(base, outputs=None, r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=TaskType.SEQ_2_SEQ_LM)
+    theirs = get_peft_model(plain, config)
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    theirs.load_state_dict({name: p.detach() for name, p in trained.items()}, strict=False)
+    for model in (ours, theirs):
+        model.train()
+        model(input_ids=IDS, labels=IDS[:, :4]).loss.backward()
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+
+    assert trained.keys() == wanted.keys()
+    assert sum("DenseReluDense.wo." in name for name in wanted) == 4 * 2
+    assert all(distance(p.grad, wanted[name]) < 1e-3 for name, p in trained.items() if p.grad is not None)
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    detach_adapter(ours)
+    check_wo(base.model, base.sites)
 
 
 def flan_t5(size: str) -> PreTrainedModel:
