@@ -24,6 +24,7 @@ from deft_ray.models.adapters import attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.models.wo import check_wo, loading_wo, settle_wo
+from tests.plain_peft import PlainCounts
 
 IDS = torch.arange(3, 13).unsqueeze(0)
 
@@ -202,6 +203,50 @@ def test_an_adapter_over_a_quantised_wo_has_the_gradient_of_opened_weights(tiny_
     assert all(p.grad is not None and p.grad.any() for p in trained.values())
     detach_adapter(ours)
     check_wo(base.model, base.sites)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("wo", [None, "float32", "bfloat16", "nf4"])
+def test_every_wo_trains_under_an_adapter(tiny_models: dict[str, Path], wo: str | None, checkpointing: bool) -> None:
+    base = load(tiny_models["dry-t5"], wo, "bfloat16")
+    torch.manual_seed(0)
+    model = attach_adapter(
+        base,
+        outputs=None,
+        r=4,
+        lora_alpha=8.0,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        gradient_checkpointing=checkpointing,
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
+    model.train()
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=IDS, labels=IDS[:, :4]).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.isfinite().all() for p in trained.values())
+    assert all(p.any() for name, p in trained.items() if "lora_B" in name), "every layer had a gradient"
+    detach_adapter(model)
+
+
+@torch.no_grad()
+def test_activations_are_seen_once_behind_a_quantised_wo(tiny_models: dict[str, Path]) -> None:
+    base = load(tiny_models["dry-t5"], "nf4")
+    ours, theirs = PlainCounts(base.model), PlainCounts(plain := opened(base))
+    for model in (base.model, plain):
+        logits(model)
+
+    assert ours.total == theirs.total == {"encoder": 2 * 10 * 128, "decoder": 2 * 4 * 128}
+    for side, total in ours.total.items():
+        assert 0.3 < ours.nonzero[side] / total < 0.999
+        assert abs(ours.nonzero[side] - theirs.nonzero[side]) <= 2, "one at the edge of the GELU may flip"
 
 
 def flan_t5(size: str) -> PreTrainedModel:
