@@ -21,7 +21,8 @@ from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 
 from deft_ray.density.sites import Site
 
-#: Relative error at which a block counts as wrong. bfloat16 is off by 0.01 at most, a cast to uint8 by more than 0.5.
+#: Relative error at which a block counts as wrong: well above a few roundings of bfloat16 (2^-8 each), far below what a
+#: cast to uint8 leaves, where negative numbers wrap around: 40 to 300 on small models.
 TOLERANCE = 0.05
 
 
