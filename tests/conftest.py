@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders: ``t5`` (gated GELU), ``dry-t5`` (the same without dropout), ``relu-t5``, ``bert``, ``roberta``."""
+    """Folders: ``t5`` (gated GELU), ``dry-t5`` (the same without dropout), ``relu-t5``, one of each other family."""
     from tests import tiny
 
     root = tmp_path_factory.mktemp("models")
@@ -36,16 +36,22 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "relu-t5": tiny.write_tiny_t5(root / "relu-t5", gated=False),
         "bert": tiny.write_tiny_bert(root / "bert"),
         "roberta": tiny.write_tiny_roberta(root / "roberta"),
+        "opt": tiny.write_tiny_opt(root / "opt"),
+        "narrow-opt": tiny.write_tiny_opt(root / "narrow-opt", narrow=True),
+        "gpt2": tiny.write_tiny_gpt2(root / "gpt2"),
+        "vit": tiny.write_tiny_vit(root / "vit"),
     }
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with made-up rows of all GLUE tasks and SQuAD."""
+    """A data folder with made-up rows of all GLUE tasks, SQuAD, CIFAR-10 and a folder of images."""
     from tests import tiny
 
     folder = tmp_path_factory.mktemp("data")
     tiny.write_glue(folder, rows=30, validation_rows=14)
+    tiny.write_cifar10(folder)
+    tiny.write_images(folder)
     return tiny.write_squad(folder, rows=30, validation_rows=14)
 
 

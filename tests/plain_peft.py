@@ -73,8 +73,8 @@ class PlainCounts:
     def __init__(self, model: torch.nn.Module) -> None:
         self.nonzero, self.total, self.on = {"encoder": 0, "decoder": 0}, {"encoder": 0, "decoder": 0}, True
         for name, module in model.named_modules():
-            if name.endswith(("DenseReluDense.act", "intermediate_act_fn")):
-                side = "decoder" if ".decoder.block." in name else "encoder"
+            if name.endswith(("DenseReluDense.act", "intermediate_act_fn", "mlp.act", "activation_fn")):
+                side = "decoder" if any(part in f".{name}" for part in (".decoder.", ".transformer.h.")) else "encoder"
                 module.register_forward_hook(lambda _m, _i, act, side=side: self.add(side, act))
 
     def add(self, side: str, act: Tensor) -> None:

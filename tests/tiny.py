@@ -1,4 +1,4 @@
-"""Tiny models with random weights and made-up rows, laid out on disk as the real ones are.
+"""Tiny models with random weights, made-up rows and images, laid out on disk as the real ones are.
 
 Models have d_model 64, d_ff 128 and two layers a stack; every width is a multiple of 64, so NF4 takes them. The rows
 have something to learn: what decides a label stands in the text.
@@ -6,6 +6,7 @@ have something to learn: what decides a label stands in the text.
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +15,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from deft_ray.spec.schema import (
     AdapterSection,
@@ -127,6 +136,109 @@ def write_tiny_roberta(folder: Path, *, spread: float = 20.0, dropout: float = 0
     order = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = _tokenizer(specials, order, "<s> $A </s>", "<s> $A </s> </s> $B </s>")
     return _write(folder, lambda: RobertaForSequenceClassification(config), tokenizer, ("intermediate.dense",), spread)
+
+
+def write_tiny_gpt2(folder: Path, *, spread: float = 20.0, dropout: float = 0.1) -> Path:
+    """Write a random GPT-2, less its task head; its tokenizer has no padding token, as the real one has none."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_inner=128,
+        n_positions=512,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    specials = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    tokenizer = _tokenizer(specials, ["<|endoftext|>"], "$A", "$A $B")
+    return _write(folder, lambda: GPT2ForSequenceClassification(config), tokenizer, ("mlp.c_fc",), spread)
+
+
+def write_tiny_opt(folder: Path, *, dropout: float = 0.1, narrow: bool = False) -> Path:
+    """Write a random OPT, less its task head, with its tokenizer.
+
+    Args:
+        folder: Where to.
+        dropout: Dropout rate.
+        narrow: As OPT-350m is: layer norm after the blocks, embeddings narrower than the hidden state.
+    """
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=128,
+        max_position_embeddings=512,
+        word_embed_proj_dim=32 if narrow else 64,
+        do_layer_norm_before=not narrow,
+        dropout=dropout,
+        init_std=0.1,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    specials = {"bos_token": "</s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "</s>"}
+    tokenizer = _tokenizer(specials, ["<s>", "<pad>", "</s>"], "</s> $A", "</s> $A </s> $B")
+    return _write(folder, lambda: OPTForSequenceClassification(config), tokenizer, (), 1.0)
+
+
+def write_tiny_vit(folder: Path, *, spread: float = 20.0, dropout: float = 0.1) -> Path:
+    """Write a random ViT, less its task head, with its image processor: 16 patches of a 32 x 32 image."""
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return _write(folder, lambda: ViTForImageClassification(config), processor, ("mlp.fc1",), spread)
+
+
+def write_cifar10(folder: Path, rows: int = 30, validation_rows: int = 14) -> Path:
+    """Write made-up images as the hub has CIFAR-10's: ``<folder>/cifar10/train.parquet`` and ``test.parquet``."""
+    for split, count in (("train", rows), ("test", validation_rows)):
+        made = [
+            {"img": {"bytes": png(make_image(split, index)), "path": f"{index}.png"}, "label": index % 10}
+            for index in range(count)
+        ]
+        _write_rows(folder / "cifar10" / f"{split}.parquet", made)
+    return folder
+
+
+def write_images(folder: Path, rows: int = 30, validation_rows: int = 14) -> Path:
+    """Write a folder of images: ``<folder>/images/<split>/<class>/<number>.png``; three classes."""
+    for split, count in (("train", rows), ("validation", validation_rows)):
+        for index in range(count):
+            file = folder / "images" / split / _COLOURS[index % 3] / f"{index:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(make_image(split, index)))
+    return folder
+
+
+def make_image(split: str, index: int) -> Image.Image:
+    """Draw a rectangle on a ground of another colour; sizes vary."""
+    dice = random.Random(f"image {split} {index}")
+    width, height = dice.randint(20, 60), dice.randint(20, 60)
+    ground = (0, 0, 0)
+    image = Image.new("RGB", (width, height), ground)
+    colour = tuple(230 if channel == index % 3 else dice.randint(0, 80) for channel in range(3))
+    ImageDraw.Draw(image).rectangle((3, 3, dice.randint(8, width - 4), dice.randint(8, height - 4)), fill=colour)
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
 
 
 def write_glue(folder: Path, tasks: Sequence[str] = GLUE_TASKS, rows: int = 32, validation_rows: int = 16) -> Path:
@@ -311,7 +423,7 @@ def _untied_t5(config: T5Config) -> T5ForConditionalGeneration:
 def _write(
     folder: Path,
     build: Callable[[], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | ViTImageProcessorPil,
     widened: tuple[str, ...],
     spread: float,
 ) -> Path:
@@ -322,7 +434,7 @@ def _write(
         for name, weight in model.named_parameters():
             if name.endswith("weight") and any(part in name for part in widened):
                 weight.mul_(spread)
-    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith("classifier")}
+    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith(("classifier", "score"))}
     model.save_pretrained(folder, state_dict=kept)
     tokenizer.save_pretrained(folder)
     return folder

@@ -25,7 +25,7 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
     several times faster than counting booleans.
 
     Args:
-        act_BTF: Activations after the non-linearity and before any gate product; rows may be flattened, (B T, d_ff).
+        act_BTF: Activations after the non-linearity and before any gate product; OPT's are (B x T, F).
         mask_BT: True (or 1) at real tokens.
 
     Returns:

@@ -18,6 +18,7 @@ from peft import (
 )
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from deft_ray.models.base import Base
 from deft_ray.models.bottleneck import BottleneckConfig, hidden_units, output_width
@@ -76,12 +77,12 @@ def attach_adapter(
     source_tokens: int = 0,
     gradient_checkpointing: bool = False,
 ) -> PeftModel:
-    """Attach an adapter, and a task head to an encoder; draws from torch's global random state.
+    """Attach an adapter, and a task head to a model with one stack; draws from torch's global random state.
 
     Args:
         base: The shared base, without an adapter.
         adapter: Which, and how large.
-        outputs: Classes of an encoder's head (1 for a regression); None for text-to-text models.
+        outputs: Classes of the head (1 for a regression); None for text-to-text models.
         source_tokens: Longest source that the model will be given; 0 where it does not matter.
         gradient_checkpointing: Recompute blocks in the backward pass; not with a prefix, which a block computed again
             would take in twice.
@@ -113,6 +114,7 @@ def _peft_config(base: Base, adapter: Adapter, source_tokens: int) -> PeftConfig
             lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # PEFT says int, its code takes any number
             lora_dropout=adapter.lora_dropout,
             target_modules=adapter.target_modules,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
             task_type=task,
         )
     if isinstance(adapter, Bottleneck):
@@ -150,7 +152,9 @@ def _prefix_config(base: Base, virtual_tokens: int, task: TaskType) -> PrefixTun
 
 
 def _require_targets(base: Base, target_modules: list[str]) -> None:
-    linear = {name.split(".")[-1] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.split(".")[-1] for name, module in base.model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     names = [name for name, _ in base.model.named_modules()]
     lost = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in names)]
     if lost:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ReLUSquaredActivation
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from deft_ray.density.activation import MlpActivation
@@ -20,11 +21,14 @@ class Family:
     """Where one architecture keeps what we need.
 
     Args:
-        name: ``t5``, ``bert`` or ``roberta``.
+        name: Key of :data:`FAMILIES`; transformers' model type.
         text_to_text: True for encoder-decoder models that answer in words.
         blocks: Pattern of the names of the modules that hold an MLP; groups ``side`` (optional) and ``index``.
         activation: Name of the activation module within such a block.
-        output: Name of the MLP's last linear layer within such a block.
+        output: Name of the MLP's last linear layer within such a block; GPT-2's is a ``Conv1D``.
+        side: The stack that reads the input. A decoder reads its answer from the last token, so it is padded left.
+        head: Name of the task head, where there is one.
+        images: True for models that read images.
     """
 
     name: str
@@ -32,6 +36,9 @@ class Family:
     blocks: str
     activation: str
     output: str
+    side: str = "encoder"
+    head: str = "classifier"
+    images: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -50,6 +57,17 @@ FAMILIES: dict[str, Family] = {
             "intermediate.intermediate_act_fn",
             "output.dense",
         ),
+        Family(
+            "opt",
+            False,
+            r"model\.decoder\.layers\.(?P<index>\d+)",
+            "activation_fn",
+            "fc2",
+            side="decoder",
+            head="score",
+        ),
+        Family("gpt2", False, r"transformer\.h\.(?P<index>\d+)\.mlp", "act", "c_proj", side="decoder", head="score"),
+        Family("vit", False, r"vit\.layers\.(?P<index>\d+)\.mlp", "activation_fn", "fc2", images=True),
     )
 }
 
@@ -62,7 +80,8 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
         family: Its family.
 
     Returns:
-        One site per MLP block; each activation module's output is (batch, tokens, d_ff), before any gate product.
+        One site per MLP block; each activation module's output is (batch, tokens, d_ff), or OPT's (batch x tokens,
+        d_ff), before any gate product.
 
     Raises:
         ValueError: If fewer or more are found than the configuration has blocks.
@@ -71,7 +90,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
     matches = [(pattern.fullmatch(name), module) for name, module in model.named_modules()]
     sites = [
         Site(
-            f"{match.groupdict().get('side') or 'encoder'}.{match['index']}",
+            f"{match.groupdict().get('side') or family.side}.{match['index']}",
             module,
             family.activation,
             family.output,
@@ -109,10 +128,10 @@ def _count_blocks(model: PreTrainedModel) -> int:
 
 
 def renew_head(model: Any, family: Family, outputs: int) -> None:
-    """Put a freshly initialised task head on an encoder; uses torch's global random state.
+    """Put a freshly initialised task head on a model with one stack; uses torch's global random state.
 
     Args:
-        model: A sequence-classification model.
+        model: A sequence- or image-classification model.
         family: Its family.
         outputs: Number of classes, or 1 for a regression.
     """
@@ -120,14 +139,22 @@ def renew_head(model: Any, family: Family, outputs: int) -> None:
     config.num_labels = outputs
     config.problem_type = "regression" if outputs == 1 else "single_label_classification"
     model.num_labels = outputs
-    old = next(model.classifier.parameters())
-    head = RobertaClassificationHead(config) if family.name == "roberta" else nn.Linear(config.hidden_size, outputs)
+    old = next(getattr(model, family.head).parameters())
+    head = RobertaClassificationHead(config) if family.name == "roberta" else _linear_head(config, family, outputs)
+    std = config.init_std if family.name == "opt" else config.initializer_range
     for module in head.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=config.initializer_range)
-            nn.init.zeros_(module.bias)
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     head.register_forward_pre_hook(_to_float32)
-    model.classifier = head.to(device=old.device, dtype=torch.float32)
+    setattr(model, family.head, head.to(device=old.device, dtype=torch.float32))
+
+
+def _linear_head(config: Any, family: Family, outputs: int) -> nn.Linear:
+    """As transformers has it: OPT-350m's last hidden state is narrower than its blocks; ``score`` has no bias."""
+    width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    return nn.Linear(width, outputs, bias=family.head != "score")
 
 
 def _to_float32(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -140,7 +167,6 @@ def activation_name(sites: list[Site]) -> str:
     return type(sites[0].module).__name__
 
 
-def is_never_negative(sites: list[Site]) -> bool:
-    """Tell whether no activation can be below zero, from the function's values at a few points."""
-    points = torch.linspace(-6.0, 6.0, 97)
-    return all(bool((site.module(points) >= 0).all()) for site in sites)
+def activation_is_nonnegative(sites: list[Site]) -> bool:
+    """Tell whether no activation can be below zero, as after a ReLU; GELU's can."""
+    return all(isinstance(site.module, nn.ReLU | nn.ReLU6 | ReLUSquaredActivation) for site in sites)

@@ -9,16 +9,22 @@ from deft_ray.errors import SetupError
 
 #: In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_IMAGE_PROCESSORS = ("preprocessor_config.json",)
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, *, images: bool = False) -> None:
     """Check that a folder holds all that ``from_pretrained`` will want.
+
+    Args:
+        folder: The model's folder.
+        images: Whether the model reads images: it needs an image processor, where others need a tokenizer.
 
     Raises:
         SetupError: Naming every kind of file that is missing, and every shard that an index names in vain.
     """
-    wanted = {"config": ("config.json",), "weights": _WEIGHTS, "tokenizer": _TOKENIZERS}
+    wanted = {"config": ("config.json",), "weights": _WEIGHTS}
+    wanted |= {"image processor": _IMAGE_PROCESSORS} if images else {"tokenizer": _TOKENIZERS}
     faults = [
         f"{folder}: model.name: no {what} in this folder; needs {' or '.join(names)}"
         for what, names in wanted.items()

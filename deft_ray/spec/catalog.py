@@ -20,11 +20,11 @@ class Task:
 
     Args:
         name: Name in a spec.
-        kind: ``classification``, ``regression`` or ``question``.
-        source: ``glue``, ``squad``, ``nano`` or ``own``.
-        columns: Text columns in the order in which they enter the prompt or the encoder.
+        kind: ``classification``, ``regression``, ``question`` or ``image``.
+        source: ``glue``, ``squad``, ``nano``, ``cifar10``, ``images`` or ``own``.
+        columns: Text columns in the order in which they enter the prompt or the encoder, or the column of images.
         prompt: Text-to-text prompt with one ``{column}`` per text column.
-        labels: Label words, index = label number; empty for regression and questions.
+        labels: Label words, index = label number; empty for regression, questions and a folder of images.
         metric: Key of the score (see ``tasks.scoring``).
         extra_metrics: Reported beside the score.
         validation: Name of the validation split.
@@ -119,6 +119,17 @@ _ALL = (
         "f1",
         ("exact_match",),
     ),
+    Task(
+        "cifar10",
+        "image",
+        "cifar10",
+        ("img",),
+        "",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        "accuracy",
+        validation="test",
+    ),
+    Task("images", "image", "images", ("img",), "", (), "accuracy"),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -128,6 +139,9 @@ FAMILY_KINDS: dict[str, tuple[str, ...]] = {
     "t5": ("classification", "regression", "question"),
     "bert": ("classification", "regression"),
     "roberta": ("classification", "regression"),
+    "opt": ("classification", "regression"),
+    "gpt2": ("classification", "regression"),
+    "vit": ("image",),
 }
 
 #: Leaves of ``adapter`` that each kind of adapter reads.
@@ -143,6 +157,9 @@ FAMILY_ADAPTERS: dict[str, tuple[str, ...]] = {
     "t5": ("lora", "bottleneck", "prefix", "prompt"),
     "bert": ("lora", "bottleneck", "prefix", "prompt"),
     "roberta": ("lora", "bottleneck", "prefix", "prompt"),
+    "opt": ("lora", "bottleneck"),
+    "gpt2": ("lora", "bottleneck"),
+    "vit": ("lora", "bottleneck"),
 }
 
 
@@ -195,7 +212,7 @@ PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
     PublishedAdapter("flan-t5-xl", _lora(16, "all-linear"), "1.99", 1.22661, "two 4-bit weights are counted as one"),
 )
 
-#: Families that answer in words: they choose among a task's answers, or write one.
+#: Families with an encoder and a decoder, which answer in words: they choose among a task's answers, or write one.
 TEXT_TO_TEXT = ("t5",)
 
 #: Metrics of an own task by its kind, the default first.

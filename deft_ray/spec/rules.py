@@ -85,10 +85,11 @@ def check_rules(
         machine: What this machine has; None where the sweep runs on a cluster.
     """
     view = _View(values, space, broken)
-    data = (_tasks, _own, _windows)
+    model = (_family, _files, _wo, _stacks)
+    data = (_tasks, _own, _windows, _images)
     adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
     deft = (_approximation, _alpha_schedule)
-    rules = (*data, _family, _files, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
+    rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -141,6 +142,26 @@ def _files(view: _View) -> Iterator[Fault]:
     name = view.get("model.name")
     if isinstance(name, str) and name.startswith(("/", "./", "../", "~")) and not _is_folder(name):
         yield ("model", "name"), f"no such folder (got {show(name)}); allowed: '{NANO}', a folder, or a hub name"
+
+
+def _images(view: _View) -> Iterator[Fault]:
+    tasks = view.get("data.tasks", [])
+    if isinstance(tasks, list) and "images" in tasks and view.get("data.dir") is None:
+        yield ("data", "dir"), "is required by the task 'images' (got nothing); holds images/<split>/<class>/<file>"
+
+
+def _wo(view: _View) -> Iterator[Fault]:
+    wo, family = view.get("model.wo"), view.get("model.family")
+    if wo is not None and (view.get("model.quantization", "none") != "nf4" or family not in ("t5", None)):
+        what = f"is only for a T5 under quantization 'nf4' (got {show(wo)})"
+        yield ("model", "wo"), f"{what}; leave it out, or set model.quantization"
+
+
+def _stacks(view: _View) -> Iterator[Fault]:
+    family, alpha = view.get("model.family"), view.get("deft.alpha_decoder")
+    if alpha is not None and family is not None and family not in TEXT_TO_TEXT:
+        what = f"is only for models with an encoder and a decoder (got {show(alpha)})"
+        yield ("deft", "alpha_decoder"), f"{what}; deft.alpha weighs the one stack of the family '{family}'"
 
 
 def _is_folder(path: str) -> bool:

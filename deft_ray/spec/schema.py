@@ -30,12 +30,13 @@ class ModelSection(Section):
     """Which pretrained base, and how it lies in memory. One base per sweep."""
 
     name: str = "nano"
-    family: Literal["t5", "bert", "roberta"] | None = None
+    family: Literal["t5", "bert", "roberta", "opt", "gpt2", "vit"] | None = None
     revision: str | None = None
     quantization: Literal["none", "nf4"] = "none"
     double_quant: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation: Literal["stock", "fused"] = "stock"
+    wo: Literal["nf4", "bfloat16", "float32"] | None = None
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -140,6 +140,7 @@ def serve(config: dict[str, Any]) -> None:
             quantization=model.quantization,
             double_quant=model.double_quant,
             dtype=model.dtype,
+            wo=model.wo,
             revision=model.revision,
             device=ray.train.torch.get_device() if settings.gpus else torch.device("cpu"),
         )

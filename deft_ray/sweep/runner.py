@@ -16,7 +16,7 @@ from typing import Any
 
 from deft_ray.errors import BaselineError, SetupError
 from deft_ray.models.folder import check_model_folder
-from deft_ray.spec.catalog import NANO, find_task, own_file
+from deft_ray.spec.catalog import FAMILY_KINDS, NANO, find_task, own_file
 from deft_ray.spec.plan import Plan, build_plan, count_hosts, gpus_per_worker
 from deft_ray.spec.rules import Machine, this_machine
 from deft_ray.spec.schema import SweepSpec
@@ -59,7 +59,7 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool) -> None:
     faults = []
     checks = [lambda: run_dir.check_same(spec) if resume else run_dir.check_new()]
     if spec.model.name != NANO and os.path.isdir(spec.model.name):
-        checks.append(lambda: check_model_folder(Path(spec.model.name)))
+        checks.append(lambda: check_model_folder(Path(spec.model.name), images=FAMILY_KINDS[spec.family] == ("image",)))
     tasks = [find_task(name, spec.data) for name in spec.data.tasks]
     if spec.data.dir is not None:
         checks.append(lambda: check_data_folder(tasks, Path(str(spec.data.dir))))

@@ -1,9 +1,10 @@
-"""From rows to token ids: text-to-text for encoder-decoders, pairs and a label for encoders."""
+"""From rows to examples: text-to-text for encoder-decoders, pairs and a label, or a picture, for models with a head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from deft_ray.errors import SetupError
 from deft_ray.spec.catalog import Task
 from deft_ray.tasks.checks import Row
+from deft_ray.tasks.images import Picture, make_pictures
 from deft_ray.tasks.windows import Window, cut_windows, find_answer, windows_with
 
 #: STS-B's answers in words, as T5 was trained on them: 0.0, 0.2 … 5.0.
@@ -29,6 +31,7 @@ class Example:
         type_ids: Which text of a pair each token belongs to; empty where the tokenizer makes no difference.
         row: Number of the row in its split, from 0; told for questions only.
         windows: How many windows the row's context was cut into; 1 where it fits.
+        picture: The image, where a model reads one; there are no token ids then.
     """
 
     input_ids: list[int]
@@ -38,6 +41,12 @@ class Example:
     type_ids: tuple[int, ...] = ()
     row: int = -1
     windows: int = 1
+    picture: Picture | None = None
+
+    @property
+    def source_tokens(self) -> int:
+        """Real tokens that the model reads."""
+        return len(self.input_ids) if self.picture is None else self.picture.tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,29 @@ class EncodedTask:
     def outputs(self) -> int:
         """Outputs of an encoder's head."""
         return len(self.task.labels) or 1
+
+
+def encode_images(task: Task, train: list[Row], validation: list[Row], processor: Any, tokens: int) -> EncodedTask:
+    """Make pictures of both splits; pixels come when a batch needs them.
+
+    Args:
+        task: An image task, with all its labels.
+        train: Training rows.
+        validation: Validation rows.
+        processor: The base's image processor.
+        tokens: Tokens that the base makes of an image.
+
+    Raises:
+        SetupError: If a row holds no image.
+    """
+
+    def encode(rows: list[Row]) -> list[Example]:
+        pictures = make_pictures(rows, processor, tokens)
+        return [
+            Example([], [], float(row["label"]), picture=picture) for row, picture in zip(rows, pictures, strict=True)
+        ]
+
+    return EncodedTask(task, encode(train), encode(validation), [], [])
 
 
 def answer_words(task: Task) -> tuple[str, ...]:
@@ -141,7 +173,8 @@ def _require_tokens(task: Task, split: str, examples: list[Example]) -> None:
 def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
     texts = [[row[column] for row in rows] for column in task.columns]
     encoded = tokenizer(*texts, truncation=True, max_length=length)
-    ids = encoded["input_ids"]
+    blank = tokenizer(" ")["input_ids"]  # GPT-2 adds nothing to a text: an empty one would have no token to answer from
+    ids = [source or blank for source in encoded["input_ids"]]
     types = encoded.get("token_type_ids", [()] * len(rows))
     return [
         Example(source, [], float(row["label"]), type_ids=tuple(kinds))

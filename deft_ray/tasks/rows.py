@@ -1,4 +1,4 @@
-"""Rows of a task: from the nano generator, a folder of parquet files, the user's own files, or the hub."""
+"""Rows of a task: from the nano generator, a folder of parquet files or images, the user's own files, or the hub."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from deft_ray.errors import SetupError
 from deft_ray.spec.catalog import Task
 from deft_ray.tasks.checks import Row, row_faults
+from deft_ray.tasks.images import folder_faults, folder_rows
 from deft_ray.tasks.own import read_own_rows
 
-_HUB = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad"}
+_HUB = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad", "cifar10": "uoft-cs/cifar10"}
 _NANO_ROWS = {"train": 2000, "validation": 500}
 
 
 def parquet_file(task: Task, split: str, folder: Path) -> Path:
-    """Return where a task's split lies in a data folder: ``glue/sst2/train.parquet``, ``squad/train.parquet``."""
+    """Return where a task's split lies in a data folder: ``glue/sst2/train.parquet``, ``cifar10/test.parquet``."""
     place = folder / task.source / task.name if task.source == "glue" else folder / task.source
     return place / f"{split}.parquet"
 
@@ -30,6 +31,9 @@ def check_data_folder(tasks: Iterable[Task], folder: Path) -> None:
     faults = []
     for task in tasks:
         if task.source in ("nano", "own"):
+            continue
+        if task.source == "images":
+            faults += folder_faults(folder)
             continue
         needed = _needed(task)
         for split in ("train", task.validation, *(split for _, split in task.beside)):
@@ -85,6 +89,8 @@ def load_rows(task: Task, split: str, folder: str | None, limit: int | None) -> 
         return generate(task.name, split, limit or _NANO_ROWS[split])
     if task.source == "own":
         rows = read_own_rows(task, split)
+    elif task.source == "images" and folder is None:
+        raise SetupError(f"{task.name}: needs data.dir, a folder that holds images/<split>/<class>/<file>")
     else:
         name = task.validation if split == "validation" else split
         rows = _from_hub(task, name) if folder is None else _from_folder(task, name, Path(folder))
@@ -114,6 +120,8 @@ def _check(task: Task, split: str, rows: list[Row]) -> None:
 def _from_folder(task: Task, split: str, folder: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
+    if task.source == "images":
+        return folder_rows(folder, split)
     file = parquet_file(task, split, folder)
     if not file.is_file():
         raise SetupError(f"{file}: no such file; the task '{task.name}' needs this split")
@@ -127,7 +135,10 @@ def _from_hub(task: Task, split: str) -> list[Row]:
     datasets.disable_progress_bars()
     name = task.name if task.source == "glue" else None
     try:
-        return list(datasets.load_dataset(_HUB[task.source], name, split=split))
+        rows = datasets.load_dataset(_HUB[task.source], name, split=split)
+        if task.kind == "image":
+            rows = rows.cast_column(task.columns[0], datasets.Image(decode=False))
+        return list(rows)
     except (OSError, ValueError) as error:
         raise SetupError(
             f"{task.name}: the data set {_HUB[task.source]} cannot be had from the hub ({error}); "

@@ -74,10 +74,11 @@ class Batch:
     """One forward pass.
 
     Args:
-        inputs: Keyword arguments of the model: ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels``.
+        inputs: Keyword arguments of the model: ``input_ids`` and ``attention_mask`` (B, T), or ``pixel_values``
+            (B, 3, height, width); ``labels``.
         masks: (B, T) by side, 1 at the tokens that the density loss counts.
         tokens: Number of these tokens by side.
-        items: What the task loss is a mean over: answer tokens, or rows of an encoder.
+        items: What the task loss is a mean over: answer tokens, or rows where there is a head.
     """
 
     inputs: dict[str, Tensor]
@@ -86,23 +87,52 @@ class Batch:
     items: int
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
-    """Right-pad to the longest, or to ``length`` if that is more: (B, T) int64."""
+def pad(sequences: Sequence[Sequence[int]], value: int, length: int | None = None, *, left: bool = False) -> Tensor:
+    """Pad on the right, or left, to the longest, or to ``length`` if that is more: (B, T) int64."""
     width = max(length or 0, *map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences], dtype=torch.int64)
+    fills = [[value] * (width - len(sequence)) for sequence in sequences]
+    rows = [[*fill, *row] if left else [*row, *fill] for row, fill in zip(sequences, fills, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def source_tensors(
-    examples: Sequence[Example], pad_id: int, length: int | None, device: torch.device
+    examples: Sequence[Example], pad_id: int, length: int | None, device: torch.device, *, side: str = "encoder"
 ) -> dict[str, Tensor]:
-    """Build ``input_ids``, ``attention_mask`` and, where examples have them, ``token_type_ids``, all (B, T)."""
+    """Build what a model reads.
+
+    Args:
+        examples: At least one.
+        pad_id: Padding token.
+        length: Pad to this; to the longest if None.
+        device: Where to.
+        side: The stack that reads it. A decoder's rows are padded left, so that all of them end where the head reads,
+            and bring the positions that they would have alone, as GPT-2 counts padding otherwise.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids`` and ``position_ids``, all (B, T);
+        of images ``pixel_values`` (B, 3, height, width).
+    """
+    pictures = [example.picture for example in examples if example.picture is not None]
+    if pictures:
+        return {"pixel_values": torch.stack([picture.pixels() for picture in pictures]).to(device)}
+    left = side == "decoder"
     tensors = {
-        "input_ids": pad([example.input_ids for example in examples], pad_id, length),
-        "attention_mask": pad([[1] * len(example.input_ids) for example in examples], 0, length),
+        "input_ids": pad([example.input_ids for example in examples], pad_id, length, left=left),
+        "attention_mask": pad([[1] * len(example.input_ids) for example in examples], 0, length, left=left),
     }
     if examples[0].type_ids:
-        tensors["token_type_ids"] = pad([example.type_ids for example in examples], 0, length)
+        tensors["token_type_ids"] = pad([example.type_ids for example in examples], 0, length, left=left)
+    if left:
+        tensors["position_ids"] = (tensors["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def source_mask(inputs: dict[str, Tensor], examples: Sequence[Example]) -> Tensor:
+    """Return (B, T), 1 at real tokens: of an image every patch is one, and the class token."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"]
+    pixels = inputs["pixel_values"]
+    return torch.ones(len(pixels), examples[0].source_tokens, dtype=torch.int64, device=pixels.device)
 
 
 def training_batch(
@@ -114,6 +144,7 @@ def training_batch(
     device: torch.device,
     source_length: int | None = None,
     target_length: int | None = None,
+    side: str = "encoder",
     count_padding: bool = False,
     virtual: int = 0,
 ) -> Batch:
@@ -123,15 +154,16 @@ def training_batch(
         examples: At least one.
         pad_id: Padding token.
         text_to_text: Whether labels are tokens.
-        regression: Whether an encoder's label is a value.
+        regression: Whether a head's label is a value.
         device: Where to.
         source_length: Pad sources to this; to the longest if None.
         target_length: Pad answers to this; to the longest if None.
+        side: The stack that reads the source.
         count_padding: Whether the density loss counts padding, as the authors' code does.
         virtual: Positions that a prompt puts before each source.
     """
-    inputs = source_tensors(examples, pad_id, source_length, device)
-    masks = {"encoder": inputs["attention_mask"]}
+    inputs = source_tensors(examples, pad_id, source_length, device, side=side)
+    masks = {side: source_mask(inputs, examples)}
     if text_to_text:
         inputs["labels"] = pad([example.target_ids for example in examples], IGNORED, target_length).to(device)
         masks["decoder"] = (inputs["labels"] != IGNORED).long()
@@ -146,6 +178,7 @@ def training_batch(
         text_to_text=text_to_text,
         source_length=source_length,
         target_length=target_length,
+        side=side,
         count_padding=count_padding,
         virtual=virtual,
     )
@@ -159,6 +192,7 @@ def batch_sizes(
     text_to_text: bool,
     source_length: int | None = None,
     target_length: int | None = None,
+    side: str = "encoder",
     count_padding: bool = False,
     virtual: int = 0,
 ) -> dict[str, int]:
@@ -170,8 +204,9 @@ def batch_sizes(
     def count(lengths: list[int], fixed: int | None) -> int:
         return max(fixed or 0, *lengths) * len(lengths) if count_padding else sum(lengths)
 
-    sizes = {"encoder": count([len(example.input_ids) for example in examples], source_length)}
-    sizes["encoder"] += virtual * len(examples) if count_padding else 0
+    fixed = source_length if examples[0].picture is None else None
+    sizes = {side: count([example.source_tokens for example in examples], fixed)}
+    sizes[side] += virtual * len(examples) if count_padding else 0
     if not text_to_text:
         return {**sizes, "items": len(examples)}
     answers = [len(example.target_ids) for example in examples]

@@ -28,7 +28,7 @@ from deft_ray.models.base import Base
 from deft_ray.models.halves import decode, encode, generate
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
-from deft_ray.train.batches import IGNORED, pad, source_tensors
+from deft_ray.train.batches import IGNORED, pad, source_mask, source_tensors
 from deft_ray.train.ranks import Ranks
 
 Prediction = float | Answer
@@ -118,7 +118,7 @@ class Evaluator:
 
     def _my_batches(self, examples: list[Example]) -> Iterator[list[int]]:
         """Batches of like length, longest first; batch i belongs to rank i modulo world."""
-        order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].input_ids), index))
+        order = sorted(range(len(examples)), key=lambda index: (-examples[index].source_tokens, index))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         yield from batches[self.ranks.rank :: self.ranks.world]
 
@@ -134,8 +134,9 @@ class Evaluator:
         return score_labels(metrics, values, [example.label for example in examples])
 
     def _predict(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
-        source = source_tensors(examples, self._pad_id, self.source_length, self.ranks.device)
-        masks = with_virtual_positions({"encoder": source["attention_mask"]}, virtual_positions(self.model))
+        side = self.base.family.side
+        source = source_tensors(examples, self.base.pad_id, self.source_length, self.ranks.device, side=side)
+        masks = with_virtual_positions({side: source_mask(source, examples)}, virtual_positions(self.model))
         if not self.base.family.text_to_text:
             with self.probe.counting(counts, masks):
                 logits = self.model(**source).logits.float()
@@ -180,16 +181,11 @@ class Evaluator:
 
     def _sureness(self, tokens_BT: Tensor, mask_BT: Tensor, encoded: Any) -> list[float]:
         """Mean log-probability of the tokens that were written, padding left out; no answer at all is least sure."""
-        labels = tokens_BT.masked_fill(tokens_BT == self._pad_id, IGNORED)
+        labels = tokens_BT.masked_fill(tokens_BT == self.base.pad_id, IGNORED)
         logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels)
         lengths_B = (labels != IGNORED).sum(dim=-1)
         mean_B = token_log_likelihood(logits, labels) / lengths_B
         return [float(mean) if length else -math.inf for mean, length in zip(mean_B, lengths_B, strict=True)]
-
-    @property
-    def _pad_id(self) -> int:
-        pad_id = self.base.tokenizer.pad_token_id
-        return 0 if pad_id is None else int(pad_id)
 
 
 def _finite_or_nan(chosen_B: Tensor, scores_BC: Tensor) -> list[Prediction]:

@@ -12,9 +12,10 @@ import platform
 import resource
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,8 @@ import torch
 from deft_ray.models.base import Base
 from deft_ray.spec.catalog import find_task
 from deft_ray.spec.schema import DataSection, TrialSpec
-from deft_ray.tasks.encoding import EncodedTask, encode_task
+from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
+from deft_ray.tasks.images import class_names
 from deft_ray.tasks.rows import load_beside, load_rows
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
@@ -130,12 +132,17 @@ class Host:
 
 
 def load_task(name: str, data: DataSection, base: Base) -> EncodedTask:
-    """Load and tokenise a task's splits."""
+    """Load and tokenise a task's splits, or make pictures of them."""
     task = find_task(name, data)
+    train = load_rows(task, "train", data.dir, data.train_examples)
+    validation = load_rows(task, "validation", data.dir, data.validation_examples)
+    if base.family.images:
+        known = task if task.labels else replace(task, labels=class_names(Path(str(data.dir))))
+        return encode_images(known, train, validation, base.image_processor, base.image_tokens)
     return encode_task(
         task,
-        load_rows(task, "train", data.dir, data.train_examples),
-        load_rows(task, "validation", data.dir, data.validation_examples),
+        train,
+        validation,
         base.tokenizer,
         text_to_text=base.family.text_to_text,
         max_source_tokens=data.max_source_tokens,

@@ -32,6 +32,7 @@ from deft_ray.models.adapters import (
     virtual_positions,
 )
 from deft_ray.models.base import Base
+from deft_ray.models.families import activation_is_nonnegative
 from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
@@ -72,10 +73,10 @@ class Slot:
         self.steps = planned_steps(trial, len(data.train))
         self.done = 0
         self.micro, self.accumulation = split_batch(trial, ranks.world)
-        self.kind = approximation_kind(trial.deft, base.never_negative)
+        self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
         self.warning = warning_of(trial.deft, self.kind, base)
         lengths = (
-            [(len(e.input_ids), len(e.target_ids)) for e in data.train] if trial.data.grouping == "length" else None
+            [(e.source_tokens, len(e.target_ids)) for e in data.train] if trial.data.grouping == "length" else None
         )
         self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed, lengths)
         seed_everything(trial.seed)
@@ -183,7 +184,7 @@ class Slot:
         _restore_random_state(state["random"])
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter, and the head of an encoder, as PEFT does; plain PEFT opens it.
+        """Write the adapter, and the head where there is one, as PEFT does; plain PEFT opens it.
 
         Layer scales, which PEFT does not know, lie beside it in ``layer_scales.json``: λ by layer. On one worker,
         inside :meth:`whole`.
@@ -236,7 +237,7 @@ class Slot:
         data = self.trial.data
         if data.padding == "max_length":
             return data.max_source_tokens
-        return max(len(example.input_ids) for example in (*self.data.train, *self.data.validation))
+        return max(example.source_tokens for example in (*self.data.train, *self.data.validation))
 
     def _parts(self, examples: list[Example], rank: int) -> list[list[Example]]:
         """Cut a rank's part of a step into its micro-batches."""
@@ -247,7 +248,7 @@ class Slot:
     def _collate(self, examples: list[Example]) -> Batch:
         return training_batch(
             examples,
-            pad_id=self.base.tokenizer.pad_token_id or 0,
+            pad_id=self.base.pad_id,
             regression=self.data.task.kind == "regression",
             device=self.ranks.device,
             **self._collation,
@@ -259,6 +260,7 @@ class Slot:
         fixed = data.padding == "max_length"
         return {
             "text_to_text": self.base.family.text_to_text,
+            "side": self.base.family.side,
             "source_length": data.max_source_tokens if fixed else None,
             "target_length": data.max_target_tokens if fixed else None,
             "count_padding": self.trial.deft.count_padding,
@@ -301,7 +303,7 @@ def approximation_kind(deft: DeftSection, never_negative: bool) -> str:
 
 def warning_of(deft: DeftSection, kind: str, base: Base) -> str | None:
     """Say what is doubtful about a density loss on this base, or None."""
-    if kind != "tanh" or base.never_negative or not any(alpha_by_side(deft).values()):
+    if kind != "tanh" or activation_is_nonnegative(base.sites) or not any(alpha_by_side(deft).values()):
         return None
     return (
         f"deft.approximation 'tanh' on {base.activation}: its negative activations count below zero, so the loss falls "

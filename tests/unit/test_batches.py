@@ -130,6 +130,21 @@ def test_type_ids_are_padded_too() -> None:
     assert source_tensors(examples, 0, 4, CPU)["token_type_ids"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
 
 
+def test_a_decoder_is_padded_left_and_told_the_positions() -> None:
+    """Position i belongs to the i-th real token; what padding gets is masked."""
+    examples = [Example([5, 6, 8], [], 1.0), Example([9], [], 0.0)]
+    batch = training_batch(
+        examples, pad_id=6, text_to_text=False, regression=False, device=CPU, source_length=4, side="decoder"
+    )
+
+    assert batch.inputs["input_ids"].tolist() == [[6, 5, 6, 8], [6, 6, 6, 9]]
+    assert batch.inputs["attention_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]
+    assert batch.masks["decoder"].tolist() == batch.inputs["attention_mask"].tolist()
+    assert list(batch.masks) == list(batch.tokens) == ["decoder"]
+    assert (batch.tokens["decoder"], batch.items) == (4, 2)
+
+
 def test_fixed_lengths() -> None:
     batch = training_batch(
         [Example([5, 1], [7, 1], 0)],

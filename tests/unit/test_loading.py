@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deft_ray.errors import SpecError
+from deft_ray.spec.catalog import FAMILY_KINDS, TASKS
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.loading import check_tree, load_spec
 from deft_ray.spec.rules import Machine
@@ -131,7 +132,10 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
             "7: model.dtype: float16 overflows in T5 and in the density loss; use 'bfloat16' or "
             "'float32' (got \"float16\")",
         ),
-        ("model:\n  family: [t5]", "7: model.family: must be 't5', 'bert' or 'roberta' (got [\"t5\"])"),
+        (
+            "model:\n  family: [t5]",
+            "7: model.family: must be 't5', 'bert', 'roberta', 'opt', 'gpt2' or 'vit' (got [\"t5\"])",
+        ),
         ("adapter:\n  target_modules: 5", "7: adapter.target_modules: must be 'all-linear' or a list (got 5)"),
         (
             "adapter:\n  target_modules: []",
@@ -435,8 +439,7 @@ def test_the_last_override_of_a_leaf_holds_and_mends_the_file(tmp_path: Path) ->
         ("a.a.a=1", f"a: unknown key; allowed: {SECTIONS}"),
         (
             "data.tasks=[sst3]",
-            "data.tasks.0: unknown task (got \"sst3\"); did you mean 'sst2'? allowed: cola, sst2, mrpc, stsb, qqp, "
-            "mnli, qnli, rte, squad, nano-sentiment, nano-entailment, nano-question",
+            "data.tasks.0: unknown task (got \"sst3\"); did you mean 'sst2'? allowed: " + ", ".join(TASKS),
         ),
     ],
 )
@@ -470,7 +473,10 @@ def test_a_broken_override_leaves_the_line_of_the_file_alone(tmp_path: Path) -> 
         ("distilbert-base", None, None),
         ("FacebookAI/xlm-roberta-base", None, None),
         ("folder", '{"model_type": "bert"}', "bert"),
-        ("folder-t5", '{"model_type": "gpt2"}', None),
+        ("folder-t5", '{"model_type": "llama"}', None),
+        ("folder-t5", '{"model_type": "gpt2"}', "gpt2"),
+        ("openai-community/gpt2-medium", None, "gpt2"),
+        ("facebook/opt-350m", None, "opt"),
         ("folder-t5", "not json", "t5"),
         ("folder-t5", "[]", "t5"),
     ],
@@ -487,7 +493,7 @@ def test_the_family_is_told_from_the_folder_or_else_the_name(
         assert load(tmp_path, text).family == family
     else:
         assert faults_of(tmp_path, text) == [
-            f'spec.yaml:6: model.family: cannot be told from "{name}"; allowed: t5, bert, roberta'
+            f'spec.yaml:6: model.family: cannot be told from "{name}"; allowed: {", ".join(FAMILY_KINDS)}'
         ]
 
 

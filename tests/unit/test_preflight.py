@@ -146,6 +146,25 @@ def test_a_model_folder_has_config_weights_and_tokenizer(
     assert faults_of(spec) == [f"t5: model.name: no {what} in this folder; needs {needs}"]
 
 
+def test_a_vision_model_has_an_image_processor_and_its_images_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_model(tmp_path / "vision")
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "pics").mkdir()
+    spec = spec_of(model={"name": "vision"}, data={"tasks": ["images"], "dir": "pics"})
+
+    with pytest.raises(SetupError) as caught:
+        preflight(spec, RunDir(tmp_path / "run"), resume=False)
+    assert str(caught.value).splitlines() == [
+        "vision: model.name: no image processor in this folder; needs preprocessor_config.json",
+        "pics/images/train: data.dir: no such folder; the task 'images' needs this split",
+        "pics/images/validation: data.dir: no such folder; the task 'images' needs this split",
+    ]
+
+
 def test_an_empty_model_folder_lacks_all_of_them(tmp_path: Path, faults_of: Callable[..., list[str]]) -> None:
     (tmp_path / "t5").mkdir()
     found = faults_of(spec_of(model={"name": str(tmp_path / "t5"), "family": "t5"}))

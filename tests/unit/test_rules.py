@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS
+from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS, TASKS
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.resolve import to_tree
 from deft_ray.spec.rules import Machine, this_machine, touches
@@ -42,8 +42,8 @@ def test_paths_touch_if_one_lies_on_the_way_to_the_other(one: Any, other: Any, e
     assert touches(one, other) is expected
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_encoder_answers_no_questions(family: str) -> None:
+@pytest.mark.parametrize("family", ["bert", "roberta", "opt", "gpt2"])
+def test_a_model_with_a_head_answers_no_questions(family: str) -> None:
     found = faults_of(model={"name": "x", "family": family}, data={"tasks": ["rte", "squad", "stsb", "nano-question"]})
     what = f"a question task cannot be done by the model family '{family}'"
     assert found == [
@@ -52,12 +52,54 @@ def test_an_encoder_answers_no_questions(family: str) -> None:
     ]
 
 
-def test_t5_does_every_kind_of_task() -> None:
+@pytest.mark.parametrize("family", ["t5", "bert", "roberta", "opt", "gpt2", "vit"])
+def test_images_are_for_vit_and_text_is_not(tmp_path: Path, family: str) -> None:
+    data = {"tasks": ["cifar10", "rte"], "dir": str(tmp_path)}
+    wrong = 1 if family == "vit" else 0
+    kind, able = (("image", "vit"), ("classification", "t5, bert, roberta, opt, gpt2"))[wrong]
+    message = f"a {kind} task cannot be done by the model family '{family}'"
+    want = f'{message} (got "{data["tasks"][wrong]}"); families that can: {able}'
+    assert faults_of(model={"name": "x", "family": family}, data=data) == [(("data", "tasks", wrong), want)]
+
+
+def test_a_folder_of_images_has_to_be_given(tmp_path: Path) -> None:
+    model = {"name": "google/vit-base-patch16-224"}
+    message = "is required by the task 'images' (got nothing); holds images/<split>/<class>/<file>"
+    assert faults_of(model=model, data={"tasks": ["images"]}) == [(("data", "dir"), message)]
+    assert faults_of(model=model, data={"tasks": ["images"], "dir": str(tmp_path)}) == []
+    assert faults_of(model=model, data={"tasks": ["cifar10"]}) == []
+
+
+@pytest.mark.parametrize("wo", ["nf4", "bfloat16", "float32"])
+def test_wo_is_for_a_quantised_t5(wo: str) -> None:
+    message = f"is only for a T5 under quantization 'nf4' (got \"{wo}\"); leave it out, or set model.quantization"
+    fault = [(("model", "wo"), message)]
+    assert faults_of(model={"wo": wo, "quantization": "nf4"}) == []
+    assert faults_of(model={"wo": wo}) == fault
+    assert faults_of(model={"wo": wo, "quantization": "nf4", "name": "bert-base-uncased"}) == fault
+
+
+def test_wo_has_three_ways() -> None:
+    message = "must be 'nf4', 'bfloat16' or 'float32' (got \"float16\")"
+    assert faults_of(model={"wo": "float16", "quantization": "nf4"}) == [(("model", "wo"), message)]
+
+
+@pytest.mark.parametrize("alpha", [0.5, {"uniform": [0.5, 2.0]}])
+def test_a_decoder_has_its_own_weight_only_beside_an_encoder(alpha: Any) -> None:
+    assert faults_of(deft={"alpha_decoder": alpha}) == []
+    message = (
+        "is only for models with an encoder and a decoder (got 0.5); "
+        "deft.alpha weighs the one stack of the family 'gpt2'"
+    )
+    assert faults_of(model={"name": "gpt2"}, deft={"alpha_decoder": alpha}) == [(("deft", "alpha_decoder"), message)]
+
+
+def test_t5_does_every_kind_of_text_task() -> None:
     assert faults_of(model={"name": "google/flan-t5-xl"}, data={"tasks": ["cola", "stsb", "mnli", "squad"]}) == []
 
 
 def test_unknown_and_repeated_tasks_are_all_told() -> None:
-    tasks = "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, squad, nano-sentiment, nano-entailment, nano-question"
+    tasks = ", ".join(TASKS)
     assert faults_of(data={"tasks": ["sst-2", "rte", "rte", "zzz", 5]}) == [
         (("data", "tasks", 4), "must be a text (got 5)"),
         (("data", "tasks", 0), f"unknown task (got \"sst-2\"); did you mean 'sst2'? allowed: {tasks}"),
@@ -105,7 +147,7 @@ def test_a_model_that_is_plainly_a_folder_must_be_there(name: str) -> None:
 
 
 def test_a_family_that_no_name_tells_must_be_given() -> None:
-    message = 'cannot be told from "org/model"; allowed: t5, bert, roberta'
+    message = 'cannot be told from "org/model"; allowed: t5, bert, roberta, opt, gpt2, vit'
     assert faults_of(model={"name": "org/model"}) == [(("model", "family"), message)]
     assert faults_of(model={"name": "org/model", "family": "bert"}) == []
     assert faults_of(model={"name": 5}) == [(("model", "name"), "must be a text (got 5)")]
