@@ -39,7 +39,11 @@ def row_faults(task: Task, rows: Sequence[Row]) -> list[str]:
 
 
 def _faults(task: Task, row: Row) -> Iterator[str]:
-    """The first fault of a row, if it has one."""
+    """The first fault of a row, if it has one; whether an image is one, its opening tells."""
+    if task.kind == "image":
+        if task.labels:  # a folder's classes are its own
+            yield from _label_faults(task, row["label"])
+        return
     no_texts = [column for column in task.columns if not isinstance(row[column], str)]
     empty = [column for column in task.columns if column not in no_texts and not row[column].strip()]
     if no_texts:

@@ -173,8 +173,7 @@ def _require_tokens(task: Task, split: str, examples: list[Example]) -> None:
 def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
     texts = [[row[column] for row in rows] for column in task.columns]
     encoded = tokenizer(*texts, truncation=True, max_length=length)
-    blank = tokenizer(" ")["input_ids"]  # GPT-2 adds nothing to a text: an empty one would have no token to answer from
-    ids = [source or blank for source in encoded["input_ids"]]
+    ids = encoded["input_ids"]
     types = encoded.get("token_type_ids", [()] * len(rows))
     return [
         Example(source, [], float(row["label"]), type_ids=tuple(kinds))

@@ -155,12 +155,3 @@ def test_an_encoder_reads_what_its_tokenizer_makes_of_the_texts(
         assert example.label == row["label"]
     assert data.candidates == []
     assert any(1 in example.type_ids for example in data.train) == (family == "bert" and len(columns) == 2)
-
-
-def test_an_empty_text_still_has_a_token(tiny_models: dict[str, Path]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models["gpt2"])
-    rows = [{"sentence": text, "label": 0} for text in ("", "a boat")]
-    assert tokenizer("")["input_ids"] == []
-    data = encode_task("sst2", rows, rows, tokenizer, text_to_text=False, max_source_tokens=14, max_target_tokens=5)
-
-    assert [example.input_ids for example in data.train] == [tokenizer(text)["input_ids"] for text in (" ", "a boat")]

@@ -212,6 +212,7 @@ def test_a_step_has_the_gradient_of_its_rows_one_by_one(
         name,
         task,
         deft__alpha=2.0,
+        deft__approximation="l0",
         deft__epsilon=EPSILON,
         train__micro_batch_size=micro,
         train__max_grad_norm=0.0,

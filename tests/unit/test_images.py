@@ -16,6 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from deft_ray.errors import SetupError
 from deft_ray.models.base import load_base
+from deft_ray.spec.catalog import TASKS
 from deft_ray.spec.schema import DataSection
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.images import Picture, class_names, make_pictures
@@ -35,9 +36,9 @@ def folder(tmp_path: Path) -> Path:
 
 def check(folder: Path) -> list[str]:
     with pytest.raises(SetupError) as caught:
-        check_data_folder(["images"], folder)
+        check_data_folder([TASKS["images"]], folder)
     with pytest.raises(SetupError) as again:
-        load_rows("images", "train", str(folder), None)
+        load_rows(TASKS["images"], "train", str(folder), None)
     assert [line.replace(": data.dir: ", ": ") for line in str(again.value).splitlines()] == [
         line.replace(": data.dir: ", ": ") for line in str(caught.value).splitlines()
     ]
@@ -45,7 +46,7 @@ def check(folder: Path) -> list[str]:
 
 
 def test_rows_are_the_files_by_class_and_name(folder: Path) -> None:
-    rows = load_rows("images", "train", str(folder), None)
+    rows = load_rows(TASKS["images"], "train", str(folder), None)
 
     assert class_names(folder) == ("blue", "green", "red")
     assert [(Path(row["img"]["path"]).parent.name, row["label"]) for row in rows] == [
@@ -55,9 +56,9 @@ def test_rows_are_the_files_by_class_and_name(folder: Path) -> None:
     ]
     assert [Path(row["img"]["path"]).name for row in rows[:3]] == ["001.png", "004.png", "007.png"]
     assert all(row["img"]["bytes"] is None for row in rows)
-    assert len(load_rows("images", "validation", str(folder), None)) == 6
-    assert load_rows("images", "train", str(folder), 4) == load_rows("images", "train", str(folder), 4)
-    assert len(load_rows("images", "train", str(folder), 4)) == 4
+    assert len(load_rows(TASKS["images"], "validation", str(folder), None)) == 6
+    assert load_rows(TASKS["images"], "train", str(folder), 4) == load_rows(TASKS["images"], "train", str(folder), 4)
+    assert len(load_rows(TASKS["images"], "train", str(folder), 4)) == 4
 
 
 def test_other_files_are_passed_over_and_other_suffixes_are_not(folder: Path) -> None:
@@ -68,7 +69,7 @@ def test_other_files_are_passed_over_and_other_suffixes_are_not(folder: Path) ->
     make_image("train", 99).save(place / "big.JPG", format="JPEG")
     make_image("train", 98).save(place / "other.jpeg", format="JPEG")
 
-    rows = load_rows("images", "train", str(folder), None)
+    rows = load_rows(TASKS["images"], "train", str(folder), None)
     assert {Path(row["img"]["path"]).name for row in rows if row["label"] == 2} == {
         "000.png",
         "003.png",
@@ -79,7 +80,7 @@ def test_other_files_are_passed_over_and_other_suffixes_are_not(folder: Path) ->
 
 
 def test_a_good_folder_passes_the_check(tiny_data: Path) -> None:
-    check_data_folder(["images", "cifar10"], tiny_data)
+    check_data_folder([TASKS["images"], TASKS["cifar10"]], tiny_data)
 
 
 def test_missing_splits_are_named(folder: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_class_without_images_is_named(folder: Path) -> None:
 def test_a_folder_has_to_be_given() -> None:
     message = r"^images: needs data\.dir, a folder that holds images/<split>/<class>/<file>$"
     with pytest.raises(SetupError, match=message):
-        load_rows("images", "train", None, None)
+        load_rows(TASKS["images"], "train", None, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", png(make_image("train", 0))[:10]])
@@ -122,7 +123,7 @@ def test_a_file_that_is_no_image_is_named_at_once(folder: Path, content: bytes) 
     broken.write_bytes(content)
 
     with pytest.raises(SetupError) as caught:
-        make_pictures(load_rows("images", "train", str(folder), None), PROCESSOR, 17)
+        make_pictures(load_rows(TASKS["images"], "train", str(folder), None), PROCESSOR, 17)
     assert str(caught.value).startswith(f"{broken}: cannot be read as an image (")
     assert str(caught.value).endswith("); needs .png, .jpg, .jpeg")
 
@@ -132,7 +133,7 @@ def test_an_image_that_ends_too_soon_is_named_when_it_is_opened(folder: Path) ->
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(file, format="PNG")
     broken.write_bytes(file.getvalue()[:4000])
-    pictures = make_pictures(load_rows("images", "train", str(folder), None), PROCESSOR, 17)
+    pictures = make_pictures(load_rows(TASKS["images"], "train", str(folder), None), PROCESSOR, 17)
 
     with pytest.raises(SetupError, match=f"^{broken}: cannot be read as an image"):
         next(picture for picture in pictures if picture.path == str(broken)).pixels()
@@ -206,7 +207,7 @@ def test_the_hubs_cifar10_is_taken_undecoded(
 
     def load_dataset(name: str, config: str | None, *, split: str) -> Any:
         asked.append((name, config, split))
-        rows = load_rows("cifar10", "train" if split == "train" else "validation", str(tiny_data), None)
+        rows = load_rows(TASKS["cifar10"], "train" if split == "train" else "validation", str(tiny_data), None)
         labels = datasets.ClassLabel(num_classes=10)
         features = datasets.Features({"img": datasets.Image(), "label": labels})
         return datasets.Dataset.from_list(rows, features=features)

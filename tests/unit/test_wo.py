@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 
-from deft_ray.models.adapters import attach_adapter, detach_adapter
+from deft_ray.models.adapters import Lora, attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.models.wo import check_wo, loading_wo, settle_wo
@@ -184,7 +184,7 @@ def test_an_adapter_over_a_quantised_wo_has_the_gradient_of_opened_weights(tiny_
     base = load(tiny_models["dry-t5"], "nf4")
     plain = opened(base)
     torch.manual_seed(0)
-    ours = attach_adapter(base, outputs=None, r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules="all-linear")
+    ours = attach_adapter(base, Lora(4, 8.0, 0.0, "all-linear"), outputs=None)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=TaskType.SEQ_2_SEQ_LM)
     theirs = get_peft_model(plain, config)
     trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
@@ -210,15 +210,7 @@ def test_an_adapter_over_a_quantised_wo_has_the_gradient_of_opened_weights(tiny_
 def test_every_wo_trains_under_an_adapter(tiny_models: dict[str, Path], wo: str | None, checkpointing: bool) -> None:
     base = load(tiny_models["dry-t5"], wo, "bfloat16")
     torch.manual_seed(0)
-    model = attach_adapter(
-        base,
-        outputs=None,
-        r=4,
-        lora_alpha=8.0,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        gradient_checkpointing=checkpointing,
-    )
+    model = attach_adapter(base, Lora(4, 8.0, 0.0, "all-linear"), outputs=None, gradient_checkpointing=checkpointing)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
     model.train()
