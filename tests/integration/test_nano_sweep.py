@@ -24,7 +24,7 @@ PROMPT = "nano sentiment sentence: {sentence}"
 STEPS, TRAIN, VALIDATION = 12, 200, 100
 SPEC = f"""
 name: nano
-data: {{tasks: [nano-sentiment], train_examples: {TRAIN}, validation_examples: {VALIDATION}}}
+data: {{tasks: [nano-sentiment], train_examples: {TRAIN}, validation_examples: {VALIDATION}, grouping: none}}
 adapter: {{lora_dropout: 0.1}}
 deft: {{alpha: {{loguniform: [0.1, 1]}}, epsilon: 1e-7}}
 train: {{steps: {STEPS}, learning_rate: 2e-3, warmup_share: 0, max_grad_norm: 0}}
