@@ -6,6 +6,7 @@ Shape suffixes: B batch, T tokens, F d_ff.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ def require_rows(act_NF: Tensor, mask_N: Tensor) -> None:
         raise ValueError(f"the mask has {mask_N.shape[0]} tokens, the activations have {act_NF.shape[0]}")
 
 
+class Counter(Protocol):
+    """Something that is shown activations."""
+
+    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor, /) -> None:
+        """Take in one layer's activations of one pass."""
+
+
 @dataclass
 class DensityCounts:
     """Counts of a whole evaluation, one row per layer.
@@ -99,3 +107,33 @@ class DensityCounts:
         keep = [side is None or name.startswith(f"{side}.") for name in self.names]
         totals = self.rows[torch.tensor(keep, dtype=torch.bool, device=self.rows.device)].sum(dim=0)
         return int(totals[above]) / int(totals[below]) if totals[below] > 0 else None
+
+
+class StepCounts:
+    """Counts of a generation, which runs token by token: which rows had ended is known only afterwards."""
+
+    def __init__(self) -> None:
+        self._nonzero: dict[int, list[Tensor]] = {}
+        self._width = 0
+
+    def add(self, index: int, act_BTF: Tensor, _mask: Tensor) -> None:
+        """Note one layer's activations at one more token of each row; a finished row's are there too."""
+        self._width = act_BTF.shape[-1]
+        self._nonzero.setdefault(index, []).append(torch.count_nonzero(act_BTF, dim=-1).reshape(act_BTF.shape[0], -1))
+
+    def total(self, lengths_B: Tensor) -> Tensor:
+        """Sum over all layers, and over the tokens that each row has written.
+
+        Args:
+            lengths_B: Tokens written, the end of the sequence included.
+
+        Returns:
+            int64 ``[non-zero, total]``.
+        """
+        nonzero, total = torch.zeros(2, dtype=torch.int64, device=lengths_B.device)
+        for steps in self._nonzero.values():
+            nonzero_BT = torch.cat(steps, dim=1)
+            written_BT = torch.arange(nonzero_BT.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
+            nonzero = nonzero + (nonzero_BT * written_BT).sum()
+            total = total + written_BT.sum() * self._width
+        return torch.stack([nonzero, total])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deft_ray.density.activation import Injection, MlpActivation
 from deft_ray.density.approximations import Approximation
-from deft_ray.density.counts import DensityCounts, require_rows
+from deft_ray.density.counts import Counter, require_rows
 from deft_ray.density.scales import LayerScales
 from deft_ray.density.sites import SIDES, Site
 
@@ -71,7 +71,7 @@ class DensityProbe:
         self.names = [site.name for site in sites]
         self._scales = scales
         self._layers = {side: sum(site.side == side for site in sites) for side in SIDES}
-        self._counting: tuple[DensityCounts, Mapping[str, Tensor]] | None = None
+        self._counting: tuple[Counter, Mapping[str, Tensor]] | None = None
         self._penalty: Penalty | None = None
         self._undo: list[Callable[[], None]] = []
         self.activation = ""
@@ -95,7 +95,7 @@ class DensityProbe:
             self._undo.pop()()
 
     @contextmanager
-    def counting(self, counts: DensityCounts, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    def counting(self, counts: Counter, masks: Mapping[str, Tensor]) -> Iterator[None]:
         """Add the activations of every forward pass inside to ``counts``; a side without a mask is not counted."""
         self._counting = (counts, masks)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from PIL import Image
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -68,6 +69,7 @@ def load_base(
     double_quant: bool = True,
     dtype: str = "float32",
     wo: str | None = None,
+    relu: bool = False,
     revision: str | None = None,
     device: torch.device | None = None,
 ) -> Base:
@@ -80,6 +82,7 @@ def load_base(
         double_quant: Whether NF4's scales are quantised too.
         dtype: ``float32`` or ``bfloat16``: compute dtype, and storage dtype of what is not quantised.
         wo: How T5's ``wo`` lies in memory under ``nf4``: ``nf4``, ``bfloat16``, ``float32``; None is ``dtype``.
+        relu: Put ReLU in the place of the MLPs' own activation; whoever opens an adapter trained so has to do the same.
         revision: Hub revision.
         device: Where to; the CPU if None.
 
@@ -117,6 +120,8 @@ def load_base(
             settle_wo(sites, wo)
         if wo == "nf4":
             check_wo(model, sites)
+    for site in sites if relu else ():
+        site.put(nn.ReLU())
     tokenizer = None if known.images else _load_tokenizer(source, revision, model, known)
     processor = _load_image_processor(source, revision, model) if known.images else None
     return Base(model, tokenizer, known, sites, dtype, activation_name(sites), processor)

@@ -44,7 +44,8 @@ class Record:
         extra_scores: Further metrics of the task, such as SQuAD's exact match.
         density: Non-zero share of MLP activations, real tokens, exact zeros, all layers; in [0, 1].
         density_encoder: The same over the encoder alone.
-        density_decoder: The same over the decoder alone; None where the model has none.
+        density_decoder: The same over the decoder alone, under teacher forcing; None where the model has none.
+        density_decoder_generated: The same while the decoder writes its answers; None where nothing is generated.
         density_paper: The same with padding positions counted, as the authors' code does.
         density_at_tau: Share of activations with magnitude above tau, by tau.
         density_layers: Density of each layer, by layer name.
@@ -81,6 +82,7 @@ class Record:
     density: float | None = None
     density_encoder: float | None = None
     density_decoder: float | None = None
+    density_decoder_generated: float | None = None
     density_paper: float | None = None
     density_at_tau: dict[str, float] = field(default_factory=dict, hash=False)
     density_layers: dict[str, float] = field(default_factory=dict, hash=False)

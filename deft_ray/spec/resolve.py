@@ -30,8 +30,13 @@ def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Map
 
 
 def resolve_baseline(spec: SweepSpec, trial: str, task: str, seed: int) -> TrialSpec:
-    """Return the baseline of a task and seed: the density loss off, other searched leaves as ``baseline`` says."""
+    """Return the baseline of a task and seed: the density loss off, other searched leaves as ``baseline`` says.
+
+    Where the spec asks for layer scales, the baseline has them too (ADA-PEFT); where it searches for them, it has none.
+    """
     values: dict[str, Scalar | None] = {**spec.baseline, "deft.alpha": 0.0, "deft.alpha_decoder": None}
+    if "deft.adaptive" in spec.space:
+        values["deft.adaptive"] = False
     return _build(spec, trial, task, seed, values, baseline=True)
 
 

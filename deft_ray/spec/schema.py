@@ -35,7 +35,7 @@ class ModelSection(Section):
     quantization: Literal["none", "nf4"] = "none"
     double_quant: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
-    activation: Literal["stock", "fused"] = "stock"
+    activation: Literal["stock", "fused", "relu"] = "stock"
     wo: Literal["nf4", "bfloat16", "float32"] | None = None
 
     @field_validator("dtype", mode="before")

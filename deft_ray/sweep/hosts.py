@@ -141,6 +141,7 @@ def serve(config: dict[str, Any]) -> None:
             double_quant=model.double_quant,
             dtype=model.dtype,
             wo=model.wo,
+            relu=model.activation == "relu",
             revision=model.revision,
             device=ray.train.torch.get_device() if settings.gpus else torch.device("cpu"),
         )

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from deft_ray.density.counts import DensityCounts
+from deft_ray.density.counts import DensityCounts, StepCounts
 from deft_ray.density.masks import with_virtual_positions
 from deft_ray.density.probe import DensityProbe
 from deft_ray.models.adapters import virtual_positions
@@ -41,10 +41,12 @@ class Evaluation:
     Args:
         scores: Fractions by metric, the task's own first.
         counts: Exact counts per layer.
+        generated: ``[non-zero, total]`` of the decoder while it wrote its answers; zeros where nothing is generated.
     """
 
     scores: dict[str, float]
     counts: DensityCounts
+    generated: Tensor
 
     def row(self) -> dict[str, Any]:
         """Return the fields of a record that an evaluation fills."""
@@ -56,6 +58,7 @@ class Evaluation:
             "density": self.counts.density(),
             "density_encoder": self.counts.density("encoder"),
             "density_decoder": self.counts.density("decoder"),
+            "density_decoder_generated": _ratio(self.generated),
             "density_paper": self.counts.density_paper(),
             "density_at_tau": self.counts.density_at_tau(),
             "density_layers": self.counts.density_layers(),
@@ -94,10 +97,10 @@ class Evaluator:
             FloatingPointError: On every rank, if the model says what is no number.
         """
         self.model.eval()
-        counts = DensityCounts.empty(self.probe.names)
-        predictions = [self._predictions(self.data.validation, counts)]
+        counts, generated = self._new_counts()
+        predictions = [self._predictions(self.data.validation, counts, generated)]
         for examples in self.data.beside.values():  # counted, but for nobody: density is that of the validation split
-            predictions.append(self._predictions(examples, DensityCounts.empty(self.probe.names)))
+            predictions.append(self._predictions(examples, *self._new_counts()))
         self.model.train()
         counts.rows = self.ranks.total(counts.rows)
         if any(value != value for split in predictions for value in split):
@@ -106,13 +109,17 @@ class Evaluator:
         for (suffix, examples), split in zip(self.data.beside.items(), predictions[1:], strict=True):
             found = self._score(examples, split)
             scores |= {f"{metric}_{suffix}": score for metric, score in found.items()}
-        return Evaluation(scores, counts)
+        return Evaluation(scores, counts, self.ranks.total(generated))
 
-    def _predictions(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
+    def _new_counts(self) -> tuple[DensityCounts, Tensor]:
+        device = self.ranks.device
+        return DensityCounts.empty(self.probe.names, device), torch.zeros(2, dtype=torch.int64, device=device)
+
+    def _predictions(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         """Predict a split, every rank its batches; every rank gets all predictions, in order."""
         mine: dict[int, Prediction] = {}
         for indices in self._my_batches(examples):
-            mine.update(zip(indices, self._predict([examples[index] for index in indices], counts), strict=True))
+            mine.update(zip(indices, self._predict([examples[i] for i in indices], counts, generated), strict=True))
         everybodys = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
         return [everybodys[index] for index in range(len(examples))]
 
@@ -133,7 +140,7 @@ class Evaluator:
         values = [value for value in predictions if isinstance(value, float)]
         return score_labels(metrics, values, [example.label for example in examples])
 
-    def _predict(self, examples: list[Example], counts: DensityCounts) -> list[Prediction]:
+    def _predict(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         side = self.base.family.side
         source = source_tensors(examples, self.base.pad_id, self.source_length, self.ranks.device, side=side)
         masks = with_virtual_positions({side: source_mask(source, examples)}, virtual_positions(self.model))
@@ -144,7 +151,7 @@ class Evaluator:
         with self.probe.counting(counts, masks):
             encoded = encode(self.model, source)
         if self.data.task.kind == "question":
-            return self._generate(examples, source, encoded, counts)
+            return self._generate(examples, source, encoded, counts, generated)
         return self._choose(examples, source["attention_mask"], encoded, counts)
 
     def _choose(
@@ -165,14 +172,22 @@ class Evaluator:
         return _finite_or_nan(values[likelihood_BC.argmax(dim=-1)], likelihood_BC)
 
     def _generate(
-        self, examples: list[Example], source: dict[str, Tensor], encoded: Any, counts: DensityCounts
+        self,
+        examples: list[Example],
+        source: dict[str, Tensor],
+        encoded: Any,
+        counts: DensityCounts,
+        generated: Tensor,
     ) -> list[Prediction]:
         labels = pad([example.target_ids for example in examples], IGNORED).to(self.ranks.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
             logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels)
         if logits.isnan().any():
             return [math.nan] * len(examples)
-        tokens = generate(self.model, encoded, source, self.max_new_tokens)
+        steps = StepCounts()
+        with self.probe.counting(steps, {"decoder": labels}):
+            tokens = generate(self.model, encoded, source, self.max_new_tokens)
+        generated += steps.total((tokens[:, 1:] != self.base.pad_id).sum(dim=-1))
         texts = self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if all(example.windows == 1 for example in examples):
             return [Answer(text, 0.0) for text in texts]
@@ -186,6 +201,10 @@ class Evaluator:
         lengths_B = (labels != IGNORED).sum(dim=-1)
         mean_B = token_log_likelihood(logits, labels) / lengths_B
         return [float(mean) if length else -math.inf for mean, length in zip(mean_B, lengths_B, strict=True)]
+
+
+def _ratio(counts: Tensor) -> float | None:
+    return int(counts[0]) / int(counts[1]) if counts[1] else None
 
 
 def _finite_or_nan(chosen_B: Tensor, scores_BC: Tensor) -> list[Prediction]:

@@ -295,3 +295,12 @@ def test_masked_language_model_checkpoints_load(tiny_models: dict[str, Path], tm
     base.tokenizer.save_pretrained(tmp_path)
 
     assert len(load_base(str(tmp_path), "bert").sites) == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2", "vit"])
+def test_relu_takes_the_place_of_the_models_own_activation(tiny_models: dict[str, Path], name: str) -> None:
+    base = load_base(str(tiny_models[name]), name, relu=True)
+
+    assert base.activation == "ReLU"
+    assert all(type(site.module) is torch.nn.ReLU for site in base.sites)
+    assert load_base(str(tiny_models[name]), name).activation != "ReLU"

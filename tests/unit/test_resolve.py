@@ -118,3 +118,16 @@ def test_the_resolved_tree_keeps_what_was_asked_and_fills_in_the_rest(spec: Swee
     assert tree["deft"]["alpha"] == {"uniform": [0.5, 2.0]}
     assert (tree["model"]["family"], tree["adapter"]["lora_alpha"], tree["storage"]) == ("t5", 32.0, None)
     assert "space" not in tree
+
+
+def test_a_baseline_has_layer_scales_only_where_every_trial_has() -> None:
+    def baseline(deft: dict[str, Any]) -> bool:
+        tree = {"name": "x", "data": {"tasks": ["nano-sentiment"]}, "train": {"steps": 1}, "deft": deft}
+        spec, faults = check_tree(tree)
+        assert faults == []
+        assert spec is not None
+        return resolve_baseline(spec, "t0000", "nano-sentiment", 0).deft.adaptive
+
+    assert baseline({"adaptive": True})
+    assert not baseline({"adaptive": {"choice": [True, False]}})
+    assert not baseline({})

@@ -588,16 +588,24 @@ def test_generated_answers_as_plain_peft_generates_them(
     with torch.enable_grad():
         found = trained(open_slot, spec, "t5", tmp_path)
     tokenizer, model, counts = reopened(tiny_models["t5"], tmp_path, None)
+    writing = PlainCounts(model)
+    writing.on = False
     rows, texts, points = squad_rows("validation", 14), [], []
     for row in rows:
         source = tokenizer(f"question: {row['question']} context: {row['context']}", return_tensors="pt")
         counts.on = True
         model(**source, labels=tokenizer(row["answers"]["text"][0], return_tensors="pt")["input_ids"])
         counts.on = False
+        writing.on = True
         tokens = model.generate(**source, max_new_tokens=6, do_sample=False, num_beams=1)
+        writing.on = False
         texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
         points.append(max(word_overlap(texts[-1], gold) for gold in row["answers"]["text"]))
     check_density(found, counts)
+    nonzero, total = found.generated.tolist()
+    assert total == writing.total["decoder"]
+    assert nonzero / total == pytest.approx(writing.nonzero["decoder"] / total, abs=5e-5)
+    assert found.row()["density_decoder_generated"] == nonzero / total
     assert said == texts
     assert len(set(texts)) > 1 or sum(points) > 0, "an untrained model's one answer would prove nothing"
     assert found.scores[next(iter(found.scores))] == pytest.approx(sum(points) / 14, abs=1e-6)
