@@ -34,7 +34,7 @@ def store(name: str, figures: dict[str, Any]) -> Path:
     """Write ``results/<name>.json`` and print it."""
     content = {
         "benchmark": name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *("FOLDER" if word.startswith("/") else word for word in sys.argv)]),
         "at": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "--", "deft_ray") else ""),
