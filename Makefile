@@ -1,6 +1,6 @@
 # make sweep   install and run the quickstart sweep
 # make test    install, then lint, types, unit and integration tests: what CI runs
-# make bench   the figures of docs/performance.md, minutes each, as JSON in benchmarks/results/
+# make bench   the figures of the README, minutes each, as JSON in benchmarks/results/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -38,6 +38,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/orchestration.py search.trials=14
+	$(BIN)/python benchmarks/density_loss.py
+	$(BIN)/python benchmarks/support.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -77,11 +77,11 @@ class Trainer:
         if reentrant:  # its inputs have to require a gradient, or the first block of each stack gets none
             embeddings = [self.base.encoder.embed_tokens, self.base.decoder.embed_tokens]
             hooks = [e.register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for e in embeddings[:1]]
-        self.base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        self.base.activation_checkpointing_enable({"use_reentrant": reentrant})
         try:
             yield
         finally:
-            self.base.gradient_checkpointing_disable()
+            self.base.activation_checkpointing_disable()
             for hook in hooks:
                 hook.remove()
 

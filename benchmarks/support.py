@@ -3,7 +3,8 @@
     python benchmarks/support.py
 
 Each combination trains for a few steps with the density loss and is evaluated; it is supported if that runs through and
-its density is below that of the same adapter and quantisation without the loss. Writes ``results/support.json``; the
+its density is below that of the same adapter and quantisation without the loss. tanh is for ReLU, so it is tried with
+ReLU in the place of the model's GELU. Writes ``results/support.json``; the
 table in the README is made from it (``--readme``).
 """
 
@@ -73,8 +74,8 @@ def measure() -> None:
     ranks = start_single()
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
-    for quantization in QUANTIZATIONS:
-        base = load_base("nano", "t5", quantization=quantization)
+    for quantization, relu in product(QUANTIZATIONS, (False, True)):
+        base = load_base("nano", "t5", quantization=quantization, relu=relu)
 
         def density(spec: TrialSpec, base: Any = base) -> float | None:
             slot = Slot(spec, base, load_task(TASK, spec.data, base), ranks)
@@ -87,7 +88,8 @@ def measure() -> None:
 
         for adapter in ADAPTERS:
             baseline = density(trial(adapter, 0, quantization, {}))
-            for kind, stage in product(KINDS, STAGES):
+            kinds = [kind for kind in KINDS if (kind == "tanh") == relu]
+            for kind, stage in product(kinds, STAGES):
                 loss = {"approximation": kind, **LOSSES[kind]}
                 row = {"approximation": kind, "adapter": adapter, "zero_stage": stage, "quantization": quantization}
                 try:
@@ -106,12 +108,19 @@ def supported(row: dict[str, Any]) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: adapters by approximation; a cell names the ZeRO stages that lower density, and by how much at most."""
-    lines = ["| adapter | base | " + " | ".join(KINDS) + " |", "|---" * (2 + len(KINDS)) + "|"]
+    lines = [
+        "| adapter | base | " + " | ".join(_heading(kind) for kind in KINDS) + " |",
+        "|---" * (2 + len(KINDS)) + "|",
+    ]
     for adapter, quantization in product(ADAPTERS, QUANTIZATIONS):
         cells = [_cell([r for r in rows if _key(r) == (kind, adapter, quantization)]) for kind in KINDS]
         base = "NF4" if quantization == "nf4" else "float32"
         lines.append(f"| {adapter} | {base} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _heading(kind: str) -> str:
+    return f"{kind}, ReLU" if kind == "tanh" else kind
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str]:
