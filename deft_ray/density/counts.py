@@ -19,7 +19,7 @@ TAUS = (0.001, 0.01, 0.1)
 _COLUMNS = 4 + len(TAUS)
 
 
-def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
+def count_row(act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None = None) -> Tensor:
     """Count one layer's activations.
 
     Comparisons are written as float32 zeros and ones and summed per row, which is exact up to a d_ff of 2^24 and
@@ -28,6 +28,8 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
     Args:
         act_BTF: Activations after the non-linearity and before any gate product; OPT's are (B x T, F).
         mask_BT: True (or 1) at real tokens.
+        there_BT: True (or 1) at real tokens and their padding, where there are further rows that nobody asked for; all
+            positions if None.
 
     Returns:
         int64 ``[non-zero, total, non-zero with padding, total with padding, |a| > τ for τ in TAUS]``, on ``act_BTF``'s
@@ -38,7 +40,9 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
     """
     act_NF = act_BTF.reshape(-1, act_BTF.shape[-1])
     mask_N = mask_BT.reshape(-1).to(torch.float64)
+    there_N = torch.ones_like(mask_N) if there_BT is None else there_BT.reshape(-1).to(torch.float64)
     require_rows(act_NF, mask_N)
+    require_rows(act_NF, there_N)
     padded, real = torch.zeros_like(mask_N[:1]), mask_N.new_zeros(1 + len(TAUS))
     for part in chunks(act_NF):
         act, mask = act_NF[part].float(), mask_N[part]
@@ -46,9 +50,9 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor) -> Tensor:
         nonzero = torch.ne(act, 0.0, out=buffer).sum(dim=-1).double()
         magnitude = act.abs()
         above = [torch.gt(magnitude, tau, out=buffer).sum(dim=-1).double() for tau in TAUS]
-        padded += nonzero.sum()
+        padded += nonzero @ there_N[part]
         real += torch.stack([nonzero, *above]) @ mask
-    totals = torch.stack([mask_N.sum() * act_NF.shape[1], padded[0], mask_N.new_tensor(act_NF.numel())])
+    totals = torch.stack([mask_N.sum() * act_NF.shape[1], padded[0], there_N.sum() * act_NF.shape[1]])
     return torch.cat([real[:1], totals, real[1:]]).to(torch.int64)
 
 
@@ -61,7 +65,7 @@ def require_rows(act_NF: Tensor, mask_N: Tensor) -> None:
 class Counter(Protocol):
     """Something that is shown activations."""
 
-    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor, /) -> None:
+    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None, /) -> None:
         """Take in one layer's activations of one pass."""
 
 
@@ -82,9 +86,9 @@ class DensityCounts:
         """Return zero counts for these layers, kept where the activations are."""
         return cls(names, torch.zeros(len(names), _COLUMNS, dtype=torch.int64, device=device))
 
-    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor) -> None:
+    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None = None) -> None:
         """Add one layer's activations of one batch."""
-        self.rows[index] += count_row(act_BTF.detach(), mask_BT).to(self.rows.device)
+        self.rows[index] += count_row(act_BTF.detach(), mask_BT, there_BT).to(self.rows.device)
 
     def density(self, side: str | None = None) -> float | None:
         """Σ non-zero / Σ total over real tokens of all layers, or of one side's; None where there are none."""
@@ -116,7 +120,7 @@ class StepCounts:
         self._nonzero: dict[int, list[Tensor]] = {}
         self._width = 0
 
-    def add(self, index: int, act_BTF: Tensor, _mask: Tensor) -> None:
+    def add(self, index: int, act_BTF: Tensor, _mask: Tensor, _there: Tensor | None = None) -> None:
         """Note one layer's activations at one more token of each row; a finished row's are there too."""
         self._width = act_BTF.shape[-1]
         self._nonzero.setdefault(index, []).append(torch.count_nonzero(act_BTF, dim=-1).reshape(act_BTF.shape[0], -1))

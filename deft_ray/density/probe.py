@@ -46,11 +46,15 @@ class Penalty:
 
     def __post_init__(self) -> None:
         self._terms: dict[str, Tensor] = {}
+        self._scaled: dict[str, Tensor] = {}
 
     def density(self, side: str) -> float | None:
-        """Smooth density of one side, mean over layers, layer scales left out; None unless measured."""
-        terms = [term for name, term in self._terms.items() if name.startswith(f"{side}.")]
-        return float(torch.stack(terms).mean()) if terms else None
+        """Smooth density of one side, mean over layers; None unless measured."""
+        return _mean_of_side(self._terms, side)
+
+    def scaled_density(self, side: str) -> float | None:
+        """The same with each layer weighed by its layer scale, as the loss has it."""
+        return _mean_of_side(self._scaled, side)
 
 
 class DensityProbe:
@@ -71,7 +75,7 @@ class DensityProbe:
         self.names = [site.name for site in sites]
         self._scales = scales
         self._layers = {side: sum(site.side == side for site in sites) for side in SIDES}
-        self._counting: tuple[Counter, Mapping[str, Tensor]] | None = None
+        self._counting: tuple[Counter, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
         self._penalty: Penalty | None = None
         self._undo: list[Callable[[], None]] = []
         self.activation = ""
@@ -95,9 +99,17 @@ class DensityProbe:
             self._undo.pop()()
 
     @contextmanager
-    def counting(self, counts: Counter, masks: Mapping[str, Tensor]) -> Iterator[None]:
-        """Add the activations of every forward pass inside to ``counts``; a side without a mask is not counted."""
-        self._counting = (counts, masks)
+    def counting(
+        self, counts: Counter, masks: Mapping[str, Tensor], there: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
+        """Add the activations of every forward pass inside to ``counts``.
+
+        Args:
+            counts: Where to.
+            masks: Real tokens by side; a side without a mask is not counted.
+            there: Real tokens and their padding by side, of sides with rows beside those that are asked for.
+        """
+        self._counting = (counts, masks, there or {})
         try:
             yield
         finally:
@@ -114,9 +126,9 @@ class DensityProbe:
 
     def _observe(self, index: int, site: Site, act: Tensor) -> Injection | None:
         if self._counting is not None:
-            counts, masks = self._counting
+            counts, masks, there = self._counting
             if site.side in masks:
-                counts.add(index, act, masks[site.side])
+                counts.add(index, act, masks[site.side], there.get(site.side))
         return None if self._penalty is None else self._injection(site, act, self._penalty)
 
     def _injection(self, site: Site, act: Tensor, penalty: Penalty) -> Injection | None:
@@ -131,6 +143,8 @@ class DensityProbe:
             with torch.no_grad():
                 value_N = penalty.approximation.value(act).reshape(mask_N.shape[0], -1).sum(dim=-1)
                 penalty._terms[site.name] = density = (value_N * mean_N).sum()
+                scale = 1.0 if self._scales is None else self._scales.value(site.name).squeeze()
+                penalty._scaled[site.name] = density * scale
         if weight == 0.0:
             return None
         weight /= self._layers[site.side]
@@ -138,6 +152,11 @@ class DensityProbe:
             self._scales.charge(site.name, weight * density)
             return Injection(penalty.approximation, mean_N * weight * self._scales.value(site.name))
         return Injection(penalty.approximation, mean_N * weight)
+
+
+def _mean_of_side(terms: Mapping[str, Tensor], side: str) -> float | None:
+    mine = [term for name, term in terms.items() if name.startswith(f"{side}.")]
+    return float(torch.stack(mine).mean()) if mine else None
 
 
 def _replace_forward(block: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], None]:

@@ -152,6 +152,18 @@ ADAPTER_LEAVES: dict[str, tuple[str, ...]] = {
     "prompt": ("virtual_tokens",),
 }
 
+#: Leaves of ``deft`` that each approximation reads; ``auto`` may be l0 or tanh.
+DEFT_LEAVES: dict[str, tuple[str, ...]] = {
+    "auto": ("epsilon", "epsilon_end", "beta"),
+    "l0": ("epsilon", "epsilon_end"),
+    "tanh": ("beta",),
+    "sigmoid": ("beta",),
+    "l1": (),
+}
+
+#: Leaves of ``deft`` that are read where ``adaptive`` is true.
+LAMBDA_LEAVES = ("lambda_init", "lambda_noise", "lambda_learning_rate")
+
 #: Kinds of adapter that a model family can take.
 FAMILY_ADAPTERS: dict[str, tuple[str, ...]] = {
     "t5": ("lora", "bottleneck", "prefix", "prompt"),

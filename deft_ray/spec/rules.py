@@ -8,11 +8,20 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS, NANO, TASKS, TEXT_TO_TEXT
+from deft_ray.spec.catalog import (
+    ADAPTER_LEAVES,
+    DEFT_LEAVES,
+    FAMILY_ADAPTERS,
+    FAMILY_KINDS,
+    LAMBDA_LEAVES,
+    NANO,
+    TASKS,
+    TEXT_TO_TEXT,
+)
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.messages import did_you_mean
 from deft_ray.spec.own import own_faults, own_kinds
-from deft_ray.spec.schema import AdapterSection
+from deft_ray.spec.schema import AdapterSection, DeftSection
 from deft_ray.spec.yaml_tree import Fault, Path, show
 
 
@@ -88,7 +97,7 @@ def check_rules(
     model = (_family, _files, _wo, _stacks)
     data = (_tasks, _own, _windows, _images)
     adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
-    deft = (_approximation, _alpha_schedule)
+    deft = (_approximation, _alpha_schedule, _deft_leaves)
     rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
@@ -226,10 +235,35 @@ def _approximation(view: _View) -> Iterator[Fault]:
 
 
 def _alpha_schedule(view: _View) -> Iterator[Fault]:
-    late = [view.options(f"deft.{key}", 0.0)[-1] for key in ("alpha_delay", "alpha_ramp")]
-    if all(isinstance(share, int | float) for share in late) and sum(late) > 1.0:
-        message = f"alpha_delay + alpha_ramp must be at most 1, or alpha never reaches its value (got {sum(late):g})"
+    shares = [view.options(f"deft.{key}", 0.0) for key in ("alpha_delay", "alpha_ramp")]
+    if not all(isinstance(share, int | float) for options in shares for share in options):
+        return
+    delay, ramp = (max(options) for options in shares)
+    if delay >= 1.0:
+        yield ("deft", "alpha_delay"), f"must be below 1, or the loss is never switched on (got {delay:g})"
+    elif delay + ramp > 1.0:
+        message = f"alpha_delay + alpha_ramp must be at most 1, or alpha never reaches its value (got {delay + ramp:g})"
         yield ("deft", "alpha_ramp"), message
+
+
+def _deft_leaves(view: _View) -> Iterator[Fault]:
+    """A leaf that no trial reads is a misunderstanding; at its default it may stand, as in a spec written back."""
+    kinds = view.options("deft.approximation", "auto")
+    adaptive = view.options("deft.adaptive", False)
+    if view.is_broken("deft.approximation") or not all(isinstance(kind, str) for kind in kinds):
+        return
+    reads = {leaf for kind in kinds for leaf in DEFT_LEAVES.get(kind, ())}
+    reads |= set(LAMBDA_LEAVES) if True in adaptive else set()
+    for leaf in (*DEFT_LEAVES["auto"], *LAMBDA_LEAVES):
+        value, default = view.get(f"deft.{leaf}"), DeftSection.model_fields[leaf].default
+        searched = f"deft.{leaf}" in view.space
+        if leaf not in reads and (searched or (value is not None and value != default)):
+            needs = "adaptive: true" if leaf in LAMBDA_LEAVES else f"approximation {_readers(leaf)}"
+            yield ("deft", leaf), f"is read by no trial (got {'searched' if searched else show(value)}); needs {needs}"
+
+
+def _readers(leaf: str) -> str:
+    return " or ".join(kind for kind, leaves in DEFT_LEAVES.items() if leaf in leaves and kind != "auto")
 
 
 def _length(view: _View) -> Iterator[Fault]:
@@ -246,9 +280,11 @@ def _batch(view: _View) -> Iterator[Fault]:
     if not _is_count(workers):
         return
     for path, batch in _batches(view):
-        for micro in view.options("train.micro_batch_size"):
-            part = workers * (micro if _is_count(micro) else 1)
-            if _is_count(batch) and batch % part:
+        for _, micro in _all_values(view, "train.micro_batch_size", None):
+            if not _is_count(batch):
+                continue
+            part = workers * (min(micro, max(1, batch // workers)) if _is_count(micro) else 1)
+            if batch % part:
                 what = f"workers_per_host x micro_batch_size = {part}" if micro else f"workers_per_host = {workers}"
                 yield path, f"must be a multiple of {what} (got {batch})"
                 return
@@ -271,12 +307,18 @@ def _baseline(view: _View) -> Iterator[Fault]:
     if not isinstance(baseline, dict):
         return
     for dotted in view.space:
-        if not dotted.startswith("deft.") and dotted not in baseline:
+        if _shapes_baseline(view, dotted) and dotted not in baseline:
             message = f"is searched, so the baseline needs its own value: add '{dotted}: …' under 'baseline:'"
             yield tuple(dotted.split(".")), message
     for dotted in baseline:
-        if dotted.startswith("deft.") or (dotted not in view.space and not view.is_broken(dotted)):
+        if not _shapes_baseline(view, dotted) or (dotted not in view.space and not view.is_broken(dotted)):
             yield ("baseline", dotted), "is no searched leaf of adapter or train; the baseline takes it from the spec"
+
+
+def _shapes_baseline(view: _View, dotted: str) -> bool:
+    """Whether a leaf matters where the density loss is off: of ``deft`` only layer scales', if every trial has them."""
+    section, _, leaf = dotted.partition(".")
+    return section != "deft" or (leaf in LAMBDA_LEAVES and view.options("deft.adaptive", False) == (True,))
 
 
 def _seeds(view: _View) -> Iterator[Fault]:

@@ -78,6 +78,7 @@ class Evaluator:
         batch_size: Examples per forward pass and worker.
         max_new_tokens: Longest generated answer.
         source_length: Pad sources to this; to the longest of a batch if None.
+        target_length: Pad answers to this; to the longest of a batch if None.
     """
 
     base: Base
@@ -88,6 +89,7 @@ class Evaluator:
     batch_size: int
     max_new_tokens: int
     source_length: int | None = None
+    target_length: int | None = None
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -159,10 +161,11 @@ class Evaluator:
     ) -> list[Prediction]:
         """Score every candidate answer of every row; take the likeliest class, or the expected value."""
         width, rows = len(self.data.candidates), len(examples)
-        labels = pad(self.data.candidates, IGNORED).to(self.ranks.device).repeat(rows, 1)
+        labels = pad(self.data.candidates, IGNORED, self.target_length).to(self.ranks.device).repeat(rows, 1)
         gold = torch.tensor([self.data.candidates.index(example.target_ids) for example in examples])
         is_gold = torch.nn.functional.one_hot(gold, width).reshape(-1, 1).to(labels.device)
-        with self.probe.counting(counts, {"decoder": (labels != IGNORED).long() * is_gold}):
+        masks, there = {"decoder": (labels != IGNORED).long() * is_gold}, {"decoder": is_gold.expand_as(labels)}
+        with self.probe.counting(counts, masks, there):
             encoded_BTD = encoded.last_hidden_state.repeat_interleave(width, dim=0)
             logits = decode(self.model, encoded_BTD, mask_BT.repeat_interleave(width, dim=0), labels)
         likelihood_BC = token_log_likelihood(logits, labels).reshape(rows, width)
@@ -179,7 +182,8 @@ class Evaluator:
         counts: DensityCounts,
         generated: Tensor,
     ) -> list[Prediction]:
-        labels = pad([example.target_ids for example in examples], IGNORED).to(self.ranks.device)
+        answers = [example.target_ids for example in examples]
+        labels = pad(answers, IGNORED, self.target_length).to(self.ranks.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
             logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels)
         if logits.isnan().any():
@@ -187,20 +191,33 @@ class Evaluator:
         steps = StepCounts()
         with self.probe.counting(steps, {"decoder": labels}):
             tokens = generate(self.model, encoded, source, self.max_new_tokens)
-        generated += steps.total((tokens[:, 1:] != self.base.pad_id).sum(dim=-1))
+        lengths_B = written_lengths(tokens[:, 1:], self.base.tokenizer.eos_token_id)
+        generated += steps.total(lengths_B)
         texts = self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if all(example.windows == 1 for example in examples):
             return [Answer(text, 0.0) for text in texts]
-        sureness = self._sureness(tokens[:, 1:], source["attention_mask"], encoded)
-        return [Answer(*found) if found[1] == found[1] else math.nan for found in zip(texts, sureness, strict=True)]
+        sureness = self._sureness(tokens[:, 1:], lengths_B, source["attention_mask"], encoded)
+        return [
+            Answer(text, mean if text.strip() else -math.inf) if mean == mean else math.nan
+            for text, mean in zip(texts, sureness, strict=True)
+        ]
 
-    def _sureness(self, tokens_BT: Tensor, mask_BT: Tensor, encoded: Any) -> list[float]:
-        """Mean log-probability of the tokens that were written, padding left out; no answer at all is least sure."""
-        labels = tokens_BT.masked_fill(tokens_BT == self.base.pad_id, IGNORED)
+    def _sureness(self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any) -> list[float]:
+        """Mean log-probability of the tokens that were written, the end of the sequence among them, for each row."""
+        beyond_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= lengths_B.unsqueeze(1)
+        labels = tokens_BT.masked_fill(beyond_BT, IGNORED)
         logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels)
-        lengths_B = (labels != IGNORED).sum(dim=-1)
-        mean_B = token_log_likelihood(logits, labels) / lengths_B
-        return [float(mean) if length else -math.inf for mean, length in zip(mean_B, lengths_B, strict=True)]
+        return [float(mean) for mean in token_log_likelihood(logits, labels) / lengths_B]
+
+
+def written_lengths(tokens_BT: Tensor, end: int) -> Tensor:
+    """Tokens that each row of a generation has written, (B,): up to its first ``end``, or all.
+
+    >>> written_lengths(torch.tensor([[5, 1, 0, 0], [0, 5, 1, 0], [5, 5, 5, 5]]), end=1).tolist()
+    [2, 3, 4]
+    """
+    ended_BT = (tokens_BT == end).cumsum(dim=-1) > 0
+    return (~ended_BT).sum(dim=-1) + ended_BT.any(dim=-1)
 
 
 def _ratio(counts: Tensor) -> float | None:

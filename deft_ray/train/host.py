@@ -227,8 +227,9 @@ class _Run:
         peak = max(self.ranks.gather(peak_memory_gib()))
         adapter, lambdas = None, dict[str, float]()
         with self.slot.whole():
-            if self.ranks.leads and status == "complete":
+            if self.ranks.leads:
                 lambdas = self.slot.lambdas()
+            if self.ranks.leads and status == "complete":
                 adapter = self.storage.publish_adapter(self.slot.save_adapter)
         if self.ranks.leads:
             self.inbox.send(

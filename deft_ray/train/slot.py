@@ -48,7 +48,7 @@ class StepResult:
     Args:
         task_loss: This rank's share of the step's task loss: summed over ranks it is the whole.
         density_loss: The same of the smooth density, encoder and decoder weighted alike; None unless measured.
-        penalty: The same of α times the density; None unless measured.
+        penalty: The same of the loss's density term, α and layer scales in it; None unless measured.
         learning_rate: Learning rate of the step.
     """
 
@@ -147,9 +147,9 @@ class Slot:
                 self.engine.step()
             task_loss += float(loss.detach()) * item_share
             for side, share in shares.items():
-                density = penalty.density(side) if measure else None
-                density_loss += (density or 0.0) * share / len(shares)
-                penalty_loss += (density or 0.0) * share * alpha[side]
+                if measure:
+                    density_loss += (penalty.density(side) or 0.0) * share / len(shares)
+                    penalty_loss += (penalty.scaled_density(side) or 0.0) * share * alpha[side]
         self.done += 1
         return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
 
@@ -169,6 +169,7 @@ class Slot:
             self.trial.train.eval_batch_size,
             data.max_target_tokens,
             data.max_source_tokens if data.padding == "max_length" else None,
+            data.max_target_tokens if data.padding == "max_length" else None,
         )
 
     def save(self, folder: Path) -> None:
@@ -237,7 +238,8 @@ class Slot:
         data = self.trial.data
         if data.padding == "max_length":
             return data.max_source_tokens
-        return max(example.source_tokens for example in (*self.data.train, *self.data.validation))
+        splits = (self.data.train, self.data.validation, *self.data.beside.values())
+        return max(example.source_tokens for split in splits for example in split)
 
     def _parts(self, examples: list[Example], rank: int) -> list[list[Example]]:
         """Cut a rank's part of a step into its micro-batches."""

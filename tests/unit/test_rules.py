@@ -282,6 +282,55 @@ def test_tanh_needs_its_slope(deft: dict[str, Any], complete: bool) -> None:
     assert faults_of(deft=deft) == ([] if complete else [(("deft", "beta"), message)])
 
 
+def test_a_loss_that_is_never_switched_on_is_refused() -> None:
+    message = "must be below 1, or the loss is never switched on (got 1)"
+    assert faults_of(deft={"alpha_delay": 1.0}) == [(("deft", "alpha_delay"), message)]
+    assert faults_of(deft={"alpha_delay": {"uniform": [0.5, 1.0]}}) == [(("deft", "alpha_delay"), message)]
+
+
+@pytest.mark.parametrize(
+    ("deft", "leaf", "got", "needs"),
+    [
+        ({"approximation": "l1", "epsilon": 1e-3}, "epsilon", "0.001", "approximation l0"),
+        ({"approximation": "l0", "beta": {"uniform": [1, 2]}}, "beta", "searched", "approximation tanh or sigmoid"),
+        ({"approximation": "tanh", "beta": 2, "epsilon_end": 1e-6}, "epsilon_end", "1e-06", "approximation l0"),
+        ({"lambda_init": 0.5}, "lambda_init", "0.5", "adaptive: true"),
+        ({"approximation": "l0", "epsilon": 1e-3, "epsilon_end": 1e-6}, None, "", ""),
+        ({"approximation": {"choice": ["l1", "l0"]}, "epsilon": {"loguniform": [1e-7, 1e-3]}}, None, "", ""),
+        ({"adaptive": {"choice": [True, False]}, "lambda_init": {"uniform": [0, 1]}}, None, "", ""),
+        ({"approximation": "l1", "epsilon": 1e-7, "lambda_init": 0.8}, None, "", ""),
+    ],
+)
+def test_a_leaf_of_the_loss_that_no_trial_reads_is_a_misunderstanding(
+    deft: dict[str, Any], leaf: str | None, got: str, needs: str
+) -> None:
+    message = f"is read by no trial (got {got}); needs {needs}"
+    assert faults_of(deft=deft) == ([] if leaf is None else [(("deft", leaf), message)])
+
+
+def test_the_baseline_of_ada_deft_names_its_searched_scales() -> None:
+    deft = {"adaptive": True, "lambda_init": {"uniform": [0.0, 1.0]}}
+    message = "is searched, so the baseline needs its own value: add 'deft.lambda_init: …' under 'baseline:'"
+    assert faults_of(deft=deft) == [(("deft", "lambda_init"), message)]
+    assert faults_of(deft=deft, baseline={"deft.lambda_init": 0.8}) == []
+    either = {**deft, "adaptive": {"choice": [True, False]}}
+    assert faults_of(deft=either) == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "baseline", "fault"),
+    [
+        (32, {"choice": [8, 16]}, {"train.micro_batch_size": 5}, "5 (got 32)"),
+        (32, {"choice": [8, 16]}, {"train.micro_batch_size": 8}, None),
+        ({"choice": [8, 32]}, 16, {"train.batch_size": 8}, None),
+    ],
+)
+def test_micro_batches_fit_of_the_baseline_too(batch: Any, micro: Any, baseline: dict[str, Any], fault: str) -> None:
+    train = {"steps": 1, "batch_size": batch, "micro_batch_size": micro}
+    message = f"must be a multiple of workers_per_host x micro_batch_size = {fault}"
+    assert faults_of(train=train, baseline=baseline) == ([] if fault is None else [(("train", "batch_size"), message)])
+
+
 def test_sigmoid_needs_its_slope_too() -> None:
     message = "is required with approximation 'sigmoid' (got nothing); a number above 0, for example 20"
     assert faults_of(deft={"approximation": "sigmoid"}) == [(("deft", "beta"), message)]
@@ -296,6 +345,7 @@ def test_sigmoid_needs_its_slope_too() -> None:
         ({"alpha_delay": 0.6, "alpha_ramp": 0.5}, "1.1"),
         ({"alpha_delay": {"uniform": [0.0, 0.7]}, "alpha_ramp": 0.5}, "1.2"),
         ({"alpha_delay": 0.7, "alpha_ramp": {"choice": [0.1, 0.6]}}, "1.3"),
+        ({"alpha_delay": {"choice": [0.9, 0.1]}, "alpha_ramp": 0.5}, "1.4"),
     ],
 )
 def test_alpha_reaches_its_value_within_the_training(deft: dict[str, Any], late: str | None) -> None:

@@ -339,6 +339,13 @@ def test_layer_scales_train_within_bounds_and_reach_zero(
     assert json.loads((tmp_path / "layer_scales.json").read_text()) == end
 
 
+def test_the_reported_penalty_is_weighed_by_the_layer_scales(trial: Trial, open_slot: Any) -> None:
+    leaves: dict[str, Any] = {"deft__adaptive": True, "deft__alpha": 2.0, "deft__lambda_noise": 0.0}
+    half = open_slot("dry-t5", trial("dry-t5", deft__lambda_init=0.5, **leaves)).step(measure=True)
+
+    assert half.penalty == pytest.approx(0.5 * 2.0 * 2 * half.density_loss, rel=1e-6)
+
+
 def test_layer_scales_without_a_density_loss_are_trained_for_the_task_alone(trial: Trial, open_slot: Any) -> None:
     slot = open_slot("dry-t5", trial("dry-t5", deft__adaptive=True, deft__alpha=0.0, train__steps=8))
     start = slot.scales.by_layer()
@@ -569,6 +576,34 @@ def test_text_to_text_classes_as_plain_peft_finds_them(
         assert score == pytest.approx(float(torch.corrcoef(torch.tensor([choices, true]))[0, 1]), abs=1e-4)
     else:
         assert score == sum(c == label for c, label in zip(choices, true, strict=True)) / 14
+
+
+@pytest.mark.parametrize(("task", "padding"), [("mrpc", "longest"), ("stsb", "longest"), ("mrpc", "max_length")])
+def test_density_paper_counts_the_padding_of_true_answers_alone(
+    trial: Trial, open_slot: Any, task: str, padding: str
+) -> None:
+    """Other answers that a row is scored against are nobody's padding."""
+    spec = trial(
+        "t5", task, train__steps=1, train__eval_batch_size=1, data__padding=padding, data__max_source_tokens=40
+    )
+    slot = open_slot("t5", spec)
+    found = slot.evaluate().row()
+
+    plain = PlainCounts(slot.model)
+    slot.model.eval()
+    fixed = padding == "max_length"
+    width = spec.data.max_target_tokens if fixed else max(map(len, slot.data.candidates))
+    for example in slot.data.validation:
+        length = spec.data.max_source_tokens if fixed else len(example.input_ids)
+        ids = torch.tensor([example.input_ids + [0] * (length - len(example.input_ids))])
+        mask = (torch.arange(length) < len(example.input_ids)).long().unsqueeze(0)
+        labels = torch.tensor([example.target_ids + [-100] * (width - len(example.target_ids))])
+        with torch.no_grad():
+            slot.model(input_ids=ids, attention_mask=mask, labels=labels)
+    want = sum(plain.nonzero.values()) / sum(plain.total.values())
+
+    assert found["density_paper"] == pytest.approx(want, abs=5e-5)
+    assert task == "stsb" or found["density_paper"] != found["density"], "STS-B's answers are of one length"
 
 
 @torch.no_grad()
