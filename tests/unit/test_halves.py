@@ -87,15 +87,20 @@ def test_answers_are_those_of_pefts_own_generation(model: PeftModel) -> None:
 
 @torch.no_grad()
 def test_a_generated_answer_is_the_likeliest_under_teacher_forcing(base: Base, model: PeftModel) -> None:
-    """Generation and evaluation see one model: each word is the argmax of the decoder that is told the words before."""
-    if base.dtype == "bfloat16":
-        pytest.skip("rounds too coarsely to tell the first from the second")
+    """Generation and evaluation see one model: each word is the argmax of the decoder that is told the words before.
+
+    In bfloat16 the first and the second may round to one another: there it is as likely as the argmax, to a rounding.
+    """
     encoded = encode(model, source())
     tokens = generate(model, encoded, source(), 5)
-    logits = decode(model, encoded.last_hidden_state, MASK, tokens[:, 1:].contiguous())
+    logits = decode(model, encoded.last_hidden_state, MASK, tokens[:, 1:].contiguous()).float()
 
-    told = logits.argmax(dim=-1)
+    best, told = logits.max(dim=-1)
+    written = logits.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
     for row in range(3):
         answer = tokens[row, 1:].tolist()
         length = answer.index(1) + 1 if 1 in answer else len(answer)
+        if base.dtype == "bfloat16":
+            assert float((best - written)[row, :length].max()) <= 0.03 * float(logits.abs().max())
+            continue
         assert told[row, :length].tolist() == answer[:length]
