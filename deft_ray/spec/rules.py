@@ -21,7 +21,7 @@ from deft_ray.spec.catalog import (
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.messages import did_you_mean
 from deft_ray.spec.own import own_faults, own_kinds
-from deft_ray.spec.schema import AdapterSection, DeftSection
+from deft_ray.spec.schema import AdapterSection, DeftSection, Section
 from deft_ray.spec.yaml_tree import Fault, Path, show
 
 
@@ -207,13 +207,18 @@ def _adapter_leaves(view: _View) -> Iterator[Fault]:
     if not kinds:
         return
     read = list(dict.fromkeys(leaf for kind in kinds for leaf in ADAPTER_LEAVES[kind]))
-    for leaf in sorted({leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves} - set(read)):
-        value, default = view.get(f"adapter.{leaf}"), AdapterSection.model_fields[leaf].default
-        searched = f"adapter.{leaf}" in view.space
-        if searched or (value is not None and value != default):
-            got = "searched" if searched else show(value)
-            what = f"means nothing to the kind {' or '.join(kinds)} (got {got})"
-            yield ("adapter", leaf), f"{what}, whose leaves are {', '.join(read)}"
+    every = {leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves}
+    for leaf, got in _given_in_vain(view, AdapterSection, "adapter", every - set(read)):
+        what = f"means nothing to the kind {' or '.join(kinds)} (got {got})"
+        yield ("adapter", leaf), f"{what}, whose leaves are {', '.join(read)}"
+
+
+def _given_in_vain(view: _View, section: type[Section], name: str, unread: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the leaves that are given although nothing reads them, with what was given."""
+    for leaf, field in section.model_fields.items():
+        value, searched = view.get(f"{name}.{leaf}"), f"{name}.{leaf}" in view.space
+        if leaf in unread and (searched or (value is not None and value != field.default)):
+            yield leaf, "searched" if searched else show(value)
 
 
 def _checkpointing(view: _View) -> Iterator[Fault]:
@@ -247,19 +252,16 @@ def _alpha_schedule(view: _View) -> Iterator[Fault]:
 
 
 def _deft_leaves(view: _View) -> Iterator[Fault]:
-    """A leaf that no trial reads is a misunderstanding; at its default it may stand, as in a spec written back."""
+    """As of the adapter: a leaf that no trial reads."""
     kinds = view.options("deft.approximation", "auto")
     adaptive = view.options("deft.adaptive", False)
     if view.is_broken("deft.approximation") or not all(isinstance(kind, str) for kind in kinds):
         return
     reads = {leaf for kind in kinds for leaf in DEFT_LEAVES.get(kind, ())}
     reads |= set(LAMBDA_LEAVES) if True in adaptive else set()
-    for leaf in (*DEFT_LEAVES["auto"], *LAMBDA_LEAVES):
-        value, default = view.get(f"deft.{leaf}"), DeftSection.model_fields[leaf].default
-        searched = f"deft.{leaf}" in view.space
-        if leaf not in reads and (searched or (value is not None and value != default)):
-            needs = "adaptive: true" if leaf in LAMBDA_LEAVES else f"approximation {_readers(leaf)}"
-            yield ("deft", leaf), f"is read by no trial (got {'searched' if searched else show(value)}); needs {needs}"
+    for leaf, got in _given_in_vain(view, DeftSection, "deft", {*DEFT_LEAVES["auto"], *LAMBDA_LEAVES} - reads):
+        needs = "adaptive: true" if leaf in LAMBDA_LEAVES else f"approximation {_readers(leaf)}"
+        yield ("deft", leaf), f"is read by no trial (got {got}); needs {needs}"
 
 
 def _readers(leaf: str) -> str:
