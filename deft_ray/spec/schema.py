@@ -129,6 +129,7 @@ class TrainSection(Section):
     batch_size: Positive = 32
     micro_batch_size: Positive | None = None
     eval_batch_size: Positive = 64
+    optimizer: Literal["auto", "adamw", "paged_adamw"] = "auto"
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
     schedule: Literal["linear", "constant"] = "linear"
     warmup_share: Share = 0.06

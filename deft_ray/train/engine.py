@@ -63,6 +63,7 @@ def build_engine(
     weight_decay: float,
     max_grad_norm: float,
     zero_stage: int,
+    paged: bool,
 ) -> Any:
     """Build a DeepSpeed engine with AdamW; needs an initialised process group.
 
@@ -75,9 +76,10 @@ def build_engine(
         weight_decay: AdamW's.
         max_grad_norm: Clip the gradient's global norm to this; 0 for never. DeepSpeed's silent default is 1.
         zero_stage: 0 to 3; 3 shares out the trainable parameters too, the frozen base stays whole on every worker.
+        paged: See :func:`build_optimizer`.
     """
     deepspeed = _deepspeed()
-    optimizer = build_optimizer(module, learning_rate, weight_decay)
+    optimizer = build_optimizer(module, learning_rate, weight_decay, paged=paged)
     config = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -104,8 +106,8 @@ def whole(module: SlotModule) -> Iterator[None]:
         yield
 
 
-class ProjectedAdamW(torch.optim.AdamW):
-    """AdamW that keeps the parameters of a group with ``bounds`` between them, after every step.
+class _Projected(torch.optim.Optimizer):
+    """Keeps the parameters of a group with ``bounds`` between them, after every step of the optimizer it is mixed into.
 
     Inside the optimizer and not behind it, so that it holds for the master copies that ZeRO steps on.
     """
@@ -121,16 +123,37 @@ class ProjectedAdamW(torch.optim.AdamW):
         return loss
 
 
-def build_optimizer(module: SlotModule, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+class ProjectedAdamW(_Projected, torch.optim.AdamW):
+    """torch's AdamW, projected."""
+
+
+def build_optimizer(
+    module: SlotModule, learning_rate: float, weight_decay: float, *, paged: bool = False
+) -> torch.optim.Optimizer:
     """Return AdamW over a slot's parameters; layer scales have their own learning rate, no decay, and stay in [0, 1].
 
     Each group's ``rate_share`` is its learning rate over the slot's.
+
+    Args:
+        module: The slot's trainable parameters.
+        learning_rate: First learning rate.
+        weight_decay: AdamW's; 0 for layer scales.
+        paged: bitsandbytes' AdamW with 32-bit moments, which a GPU short of memory moves to the host's (QLoRA, Dettmers
+            et al., arXiv:2305.14314). On a CPU the same without paging.
     """
     groups: list[dict[str, Any]] = [{"params": list(module.trainable), "weight_decay": weight_decay, "rate_share": 1.0}]
     if module.scales:
         share = module.scales_learning_rate / learning_rate
         groups.append({"params": list(module.scales), "weight_decay": 0.0, "rate_share": share, "bounds": (0.0, 1.0)})
-    return ProjectedAdamW(groups, lr=learning_rate)
+    if not paged:
+        return ProjectedAdamW(groups, lr=learning_rate)
+    from bitsandbytes.optim import AdamW32bit, PagedAdamW32bit
+
+    on_gpu = module.trainable[0].device.type == "cuda"
+    # bitsandbytes has no types, and is loaded only by who asks for it: half a second
+    projected = type("ProjectedPagedAdamW", (_Projected, PagedAdamW32bit if on_gpu else AdamW32bit), {})
+    optimizer: torch.optim.Optimizer = projected(groups, lr=learning_rate)
+    return optimizer
 
 
 def _deepspeed() -> Any:

@@ -23,7 +23,7 @@ from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.host import load_task
 from deft_ray.train.ranks import Ranks
-from deft_ray.train.slot import Slot, planned_steps, split_batch
+from deft_ray.train.slot import Slot, is_paged, planned_steps, split_batch
 from tests.plain_peft import PlainCounts, train_plain
 from tests.tiny import glue_rows, squad_rows, tiny_trial
 
@@ -225,6 +225,35 @@ def test_zero_stages_give_the_same_losses(trial: Trial, open_slot: Any, alpha: f
         assert worst(adapters[stage], adapters[0]) < 1e-3, "AdamW turns roundings near zero into steps"
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_paged_optimizer_is_adamw(trial: Trial, open_slot: Any, stage: int) -> None:
+    """torch's is the oracle of bitsandbytes', with decay, layer scales and their own rate."""
+    losses, adapters, lambdas = [], [], []
+    for optimizer in ("adamw", "paged_adamw"):
+        leaves = {"train__optimizer": optimizer, "train__zero_stage": stage, "train__weight_decay": 0.1}
+        slot = open_slot("t5", trial("t5", deft__alpha=2.0, deft__epsilon=EPSILON, deft__adaptive=True, **leaves))
+        losses.append(run(slot))
+        with slot.whole():
+            adapters.append(weights(slot.model))
+            lambdas.append(slot.lambdas())
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert worst(adapters[1], adapters[0]) < 1e-3
+    assert lambdas[1] == pytest.approx(lambdas[0], abs=1e-4)
+    assert any(abs(value - 0.8) > 0.05 for value in lambdas[0].values())
+
+
+def test_nf4_on_a_gpu_pages_unless_told_otherwise(trial: Trial) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+
+    def paged(optimizer: str, quantization: str, device: torch.device) -> bool:
+        return is_paged(trial("t5", train__optimizer=optimizer, model__quantization=quantization), device)
+
+    assert paged("auto", "nf4", gpu)
+    assert not any((paged("auto", "nf4", cpu), paged("auto", "none", gpu), paged("adamw", "nf4", gpu)))
+    assert paged("paged_adamw", "none", cpu)
+
+
 def test_the_density_loss_falls_where_it_is_asked_to(trial: Trial, open_slot: Any) -> None:
     densities = {}
     for alpha in (0.0, 20.0):
@@ -420,10 +449,18 @@ def test_the_approximation_follows_the_activation(trial: Trial, open_slot: Any) 
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "stage"), [("t5", "mrpc", 0), ("t5", "squad", 2), ("bert", "rte", 1), ("t5", "mrpc", 3)]
+    ("name", "task", "stage", "optimizer"),
+    [
+        ("t5", "mrpc", 0, "adamw"),
+        ("t5", "squad", 2, "adamw"),
+        ("bert", "rte", 1, "adamw"),
+        ("t5", "mrpc", 3, "adamw"),
+        ("t5", "mrpc", 0, "paged_adamw"),
+        ("t5", "mrpc", 2, "paged_adamw"),
+    ],
 )
 def test_a_resumed_trial_is_the_uninterrupted_one(
-    trial: Trial, open_slot: Any, tmp_path: Path, name: str, task: str, stage: int
+    trial: Trial, open_slot: Any, tmp_path: Path, name: str, task: str, stage: int, optimizer: str
 ) -> None:
     spec = trial(
         name,
@@ -432,6 +469,7 @@ def test_a_resumed_trial_is_the_uninterrupted_one(
         deft__alpha=1.0,
         data__max_target_tokens=4,
         train__steps=6,
+        train__optimizer=optimizer,
         train__zero_stage=stage,
         train__micro_batch_size=3,
     )
