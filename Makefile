@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+DEVELOPMENT := .venv/installed-dev
 ARGS ?=
 
 .PHONY: sweep test check lint types unit integration real-data bench clean
@@ -16,21 +17,21 @@ test: check unit integration
 
 check: lint types
 
-lint: $(INSTALLED)
+lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED)
+types: $(DEVELOPMENT)
 	$(BIN)/mypy
 
-unit: $(INSTALLED)
+unit: $(DEVELOPMENT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
 
-integration: $(INSTALLED)
+integration: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests/integration
 
 # Real GLUE data and a real pretrained encoder: DEFT_RAY_DATA=<folder> DEFT_RAY_ENCODER=<folder> make real-data
-real-data: $(INSTALLED)
+real-data: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests/real_data
 
 bench: $(INSTALLED)
@@ -43,8 +44,12 @@ bench: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $(INSTALLED)
+
+$(DEVELOPMENT): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(DEVELOPMENT)
 
 clean:
 	rm -rf .venv build *.egg-info

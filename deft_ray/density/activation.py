@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,20 +28,23 @@ class Formula:
     """An activation function that is one operator of torch, so that its gradient needs its input only.
 
     Args:
+        name: What the kernel calls it.
         forward: Input to activation.
         backward: (gradient at the activation, input) to gradient at the input.
     """
 
+    name: str
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
-GELU = Formula(functional.gelu, torch.ops.aten.gelu_backward)
+GELU = Formula("gelu", functional.gelu, torch.ops.aten.gelu_backward)
 TANH_GELU = Formula(
+    "tanh_gelu",
     lambda z: functional.gelu(z, approximate="tanh"),
     lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="tanh"),
 )
-SILU = Formula(functional.silu, torch.ops.aten.silu_backward)
+SILU = Formula("silu", functional.silu, torch.ops.aten.silu_backward)
 
 #: By class name of the module, as torch and transformers call them. ReLU is not here: torch keeps its output anyway.
 _FORMULAS = {
@@ -102,6 +107,7 @@ class MlpActivation(nn.Module):
         self.formula = formula_of(stock, fused=fused)
         self.name = "GELUTanh" if fused and self.formula is TANH_GELU else type(stock).__name__
 
+    @torch.compiler.disable  # ε and weights change from step to step: the compiler would trace each anew, or wrongly
     def forward(self, pre_BTF: Tensor) -> Tensor:
         """Return the activation of ``pre_BTF``."""
         if self.formula is None:
@@ -118,6 +124,7 @@ class MlpActivation(nn.Module):
         self.observe(act_BTF)
         return act_BTF
 
+    @torch.compiler.disable
     def gate(self, pre_BTF: Tensor, linear_BTF: Tensor) -> Tensor:
         """Return the activation of ``pre_BTF`` times ``linear_BTF``; keeps these two for the backward pass, no more.
 
@@ -134,6 +141,45 @@ class MlpActivation(nn.Module):
 
 def _needs_gradient(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """The Triton kernel, where Triton is installed."""
+    try:
+        from deft_ray.density import kernel
+    except ImportError:
+        return None
+    return kernel
+
+
+def _kernel_for(tensor: Tensor) -> ModuleType | None:
+    return _kernel() if tensor.is_cuda else None
+
+
+def _backward(
+    grad: Tensor, pre: Tensor, linear: Tensor | None, formula: Formula | None, injection: Injection | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients at ``pre`` and, of a gated block, at ``linear``; on a GPU with a loss in one kernel.
+
+    Args:
+        grad: Gradient at the activation, or at its product with ``linear``.
+        pre: Input of the activation.
+        linear: What the activation is multiplied with; None without a gate.
+        formula: The activation; None where ``pre`` is the activation itself.
+        injection: The density loss; None without.
+    """
+    if injection is not None and (kernel := _kernel_for(grad)) is not None:
+        name = "identity" if formula is None else formula.name
+        gradients: tuple[Tensor, Tensor | None] = kernel.backward(
+            grad, pre, linear, injection.weight_N, injection.approximation, name
+        )
+        return gradients
+    act = pre if formula is None or (linear is None and injection is None) else formula.forward(pre)
+    upper = grad if linear is None else grad * linear
+    if injection is not None:
+        upper = _injected(upper, act, injection)
+    return upper if formula is None else formula.backward(upper, pre), None if linear is None else grad * act
 
 
 def _injected(grad: Tensor, act: Tensor, injection: Injection) -> Tensor:
@@ -154,7 +200,7 @@ class _InjectAfter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (act,) = ctx.saved_tensors
-        return _injected(grads[0], act, ctx.injection), None
+        return _backward(grads[0], act, None, None, ctx.injection)[0], None
 
 
 class _Activate(torch.autograd.Function):
@@ -170,10 +216,7 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (pre,) = ctx.saved_tensors
-        grad = grads[0]
-        if ctx.injection is not None:
-            grad = _injected(grad, ctx.formula.forward(pre), ctx.injection)
-        return ctx.formula.backward(grad, pre), None, None
+        return _backward(grads[0], pre, None, ctx.formula, ctx.injection)[0], None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -187,10 +230,6 @@ class _Gate(torch.autograd.Function):
         return act * linear
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         pre, linear = ctx.saved_tensors
-        act = ctx.formula.forward(pre)
-        grad = grads[0] * linear
-        if ctx.injection is not None:
-            grad = _injected(grad, act, ctx.injection)
-        return ctx.formula.backward(grad, pre), grads[0] * act, None, None
+        return *_backward(grads[0], pre, linear, ctx.formula, ctx.injection), None, None

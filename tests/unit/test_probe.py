@@ -176,21 +176,24 @@ def test_injected_gradient_is_that_of_the_built_loss(
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]])
-def test_a_compiled_model_gets_the_same_gradient_step_after_step(kind: Kind) -> None:
+def test_a_compiled_model_gets_the_same_gradient_step_after_step(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With batches, weights and ε that change, as in a training with ``epsilon_end``."""
     torch._dynamo.reset()
     model, _, _ = build(3, kind)
     ours, theirs = twin(model), twin(model)
     compiled = torch.compile(ours, backend="aot_eager")
     probe = DensityProbe(ours.sites, fused=kind.fused)
     width = ours.encoder[0].first.in_features  # type: ignore[union-attr]
-    for step, (rows, tokens) in enumerate(((2, 3), (2, 3), (4, 2))):
+    epsilons = (1e-1, 1e-1, 1e-2, 1e-3)
+    for step, (rows, tokens) in enumerate(((2, 3), (2, 3), (4, 2), (4, 2))):
         inputs = torch.randn(rows, tokens, width), torch.randn(rows, tokens + 1, width)
         masks = {"encoder": torch.ones(rows, tokens), "decoder": torch.ones(rows, tokens + 1)}
         weights = {"encoder": 0.5 + step, "decoder": 2.5}
         ours.zero_grad()
         theirs.zero_grad()
-        with probe.penalising(Penalty(WIDE, weights, masks)):
+        with probe.penalising(Penalty(L0(epsilons[step]), weights, masks)):
             compiled(*inputs).backward()
+        monkeypatch.setitem(SMOOTH, "l0", lambda act, eps=epsilons[step]: act**2 / (act**2 + eps))
         want = reference(twin(theirs), inputs, "l0", weights, masks)
         got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
         assert_gradients_close(got, want, 2e-6)
