@@ -18,7 +18,7 @@ from deft_ray.errors import RecordsError
 
 Scalar = str | int | float | bool | None
 
-STATUSES = ("complete", "failed", "diverged", "stopped")
+STATUSES = ("complete", "failed", "diverged", "pruned", "stopped")
 
 REQUIRED = (
     "trial", "task", "seed", "baseline", "status", "score", "score_metric", "density", "density_encoder",
@@ -37,8 +37,8 @@ class Record:
         task: Task it was trained and measured on.
         seed: Seed of data order, initialisation and dropout.
         baseline: Whether the density loss was off (alpha = 0).
-        status: ``complete``, ``failed`` (an error), ``diverged`` (a non-finite loss) or ``stopped`` (by the scheduler
-            or the user).
+        status: ``complete``, ``failed`` (an error), ``diverged`` (a non-finite loss), ``pruned`` (by the scheduler)
+            or ``stopped`` (by the user).
         score: The task's own metric on the validation split, in [0, 1]; None if never measured.
         score_metric: Name of that metric.
         extra_scores: Further metrics of the task, such as SQuAD's exact match.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deft_ray.spec.catalog import find_task
+from deft_ray.spec.points import count_points
 from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 
@@ -78,7 +79,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         metrics=tuple(find_task(name, spec.data).metric for name in tasks),
         seeds=seeds,
         baselines=len(tasks) * len(seeds),
-        sampled=spec.search.trials * len(tasks) * len(seeds),
+        sampled=count_points(spec) * len(tasks) * len(seeds),
         steps=None if "train.steps" in spec.space else spec.train.steps,
         space={dotted: str(domain) for dotted, domain in spec.space.items()},
         hosts=hosts,

@@ -5,9 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deft_ray.spec.catalog import TRIAL_SECTIONS
+from deft_ray.spec.catalog import ADAPTER_LEAVES, DEFT_LEAVES, LAMBDA_LEAVES, TRIAL_SECTIONS
 from deft_ray.spec.domains import Scalar
 from deft_ray.spec.schema import SweepSpec, TrialSpec
+
+#: Leaves whose value decides whether others are read.
+DECIDING = ("adapter.kind", "deft.adaptive", "deft.approximation")
+
+
+def is_read(spec: SweepSpec, sample: Mapping[str, Scalar], dotted: str) -> bool:
+    """Whether a trial reads a leaf: ε only with l0, β only with tanh and sigmoid, λ only where adaptive, and so on.
+
+    Args:
+        spec: The sweep's spec.
+        sample: Sampled values by dotted name, those of searched :data:`DECIDING` leaves among them.
+        dotted: The leaf.
+    """
+
+    def value(leaf: str) -> Any:
+        section, key = leaf.split(".")
+        return sample[leaf] if leaf in spec.space else getattr(getattr(spec, section), key)
+
+    section, key = dotted.split(".")
+    if section == "adapter" and any(key in leaves for leaves in ADAPTER_LEAVES.values()):
+        return key in ADAPTER_LEAVES[value("adapter.kind")]
+    if section == "deft" and key in LAMBDA_LEAVES:
+        return value("deft.adaptive") is True
+    if section == "deft" and key in DEFT_LEAVES["auto"]:
+        return key in DEFT_LEAVES[value("deft.approximation")]
+    return True
 
 
 def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Mapping[str, Scalar]) -> TrialSpec:
@@ -18,15 +44,22 @@ def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Map
         trial: Id.
         task: Task.
         seed: Training seed.
-        sample: A value for every searched leaf, by dotted name.
+        sample: A value for every searched leaf that the trial reads, by dotted name; the others have their defaults.
 
     Raises:
         ValueError: If a searched leaf has no value, or pydantic refuses one.
     """
-    lacking = spec.space.keys() - sample.keys()
+    lacking = {leaf for leaf in DECIDING if leaf in spec.space and leaf not in sample}
+    lacking |= {leaf for leaf in spec.space if not lacking and leaf not in sample and is_read(spec, sample, leaf)}
     if lacking:
         raise ValueError(f"no value for {', '.join(sorted(lacking))}")
-    return _build(spec, trial, task, seed, dict(sample), baseline=False)
+    unread = {leaf: _default(spec, leaf) for leaf in spec.space if leaf not in sample}
+    return _build(spec, trial, task, seed, {**unread, **sample}, baseline=False)
+
+
+def _default(spec: SweepSpec, dotted: str) -> Any:
+    section, key = dotted.split(".")
+    return type(getattr(spec, section)).model_fields[key].default
 
 
 def resolve_baseline(spec: SweepSpec, trial: str, task: str, seed: int) -> TrialSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from deft_ray.spec.messages import did_you_mean
 from deft_ray.spec.own import own_faults, own_kinds
 from deft_ray.spec.schema import AdapterSection, DeftSection, Section
 from deft_ray.spec.yaml_tree import Fault, Path, show
+
+#: Points of a grid, all of which are listed before a sweep starts.
+_LARGEST_GRID = 100_000
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def check_rules(
     data = (_tasks, _own, _windows, _images)
     adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
     deft = (_approximation, _alpha_schedule, _deft_leaves)
-    rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first)
+    rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first, _grid)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -340,6 +344,27 @@ def _try_first(view: _View) -> Iterator[Fault]:
                 yield path, f"is not searched; searched are: {', '.join(view.space) or 'none'}"
             elif domain is not None and value not in domain:
                 yield path, f"lies outside the domain {domain} (got {show(value)})"
+
+
+def _grid(view: _View) -> Iterator[Fault]:
+    """A grid is of single values, and no larger than somebody would want to list."""
+    if view.get("search.sampler") != "grid":
+        return
+    if view.get("search.try_first"):
+        yield ("search", "try_first"), "means nothing to the grid sampler, which tries every point; leave it out"
+    ranges = {dotted: domain for dotted, domain in view.space.items() if domain.kind in ("uniform", "loguniform")}
+    for dotted, domain in ranges.items():
+        yield tuple(dotted.split(".")), f"the grid sampler takes single values (got {domain}); allowed: choice, randint"
+    others = (domain for dotted, domain in view.space.items() if dotted not in ranges)
+    size = math.prod(
+        len(domain.args) if domain.kind == "choice" else 1 + int(domain.args[1]) - int(domain.args[0])
+        for domain in others
+    )
+    if size > _LARGEST_GRID:
+        yield (
+            ("search", "sampler"),
+            f"a grid has at most {_LARGEST_GRID:,} points (got {size:,}); take 'random' or 'tpe'",
+        )
 
 
 def _resources(view: _View, machine: Machine) -> Iterator[Fault]:

@@ -145,7 +145,7 @@ class SearchSection(Section):
     """What is sampled, how often, with which seeds."""
 
     trials: Annotated[int, Field(ge=0)] = 8
-    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "gp", "random", "grid"] = "tpe"
     startup_trials: Positive = 10
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]

@@ -120,7 +120,7 @@ class BookKeeper(_StaysHere, tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial without a last row was stopped by the scheduler: free its slot."""
-        self._end(trial, {"kind": "end", "status": "stopped", "cause": "stopped by the scheduler"})
+        self._end(trial, {"kind": "end", "status": "pruned", "cause": "stopped by the scheduler"})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The Tune trial itself broke, beyond Tune's retries."""

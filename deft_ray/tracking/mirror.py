@@ -30,7 +30,9 @@ _PARAM_LENGTH = 6000
 _TAG_LENGTH = 5000
 _KEY_LENGTH = 250
 
-_RUN_STATUS = {"complete": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "stopped": "KILLED"}
+_RUN_STATUS = {
+    "complete": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "pruned": "KILLED", "stopped": "KILLED"
+}  # fmt: skip
 
 _OWN_METRICS = [metric.key for metric in METRICS if metric.key in Record.__dataclass_fields__]
 

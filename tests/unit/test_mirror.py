@@ -282,7 +282,9 @@ def test_finish_and_resume(output: Path) -> None:
 
 
 def test_finish_refuses_an_unknown_status(output: Path) -> None:
-    with pytest.raises(ValueError, match=r"^status must be one of complete, failed, diverged, stopped \(got 'done'\)$"):
+    with pytest.raises(
+        ValueError, match=r"^status must be one of complete, failed, diverged, pruned, stopped \(got 'done'\)$"
+    ):
         open_mirror(output).finish("done")
 
 

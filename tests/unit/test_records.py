@@ -106,7 +106,7 @@ def test_a_traceback_with_undecodable_bytes_is_written(tmp_path: Path) -> None:
         ({"times": [1]}, "'times' must be dict[str, float] (got [1])"),
         ({"config": None}, "'config' must be dict[str, Scalar] (got null)"),
         ({"trial": None}, "'trial' must be str (got null)"),
-        ({"status": "done"}, "'status' must be one of complete, failed, diverged, stopped (got \"done\")"),
+        ({"status": "done"}, "'status' must be one of complete, failed, diverged, pruned, stopped (got \"done\")"),
     ],
 )
 def test_wrong_kinds_are_named(changes: dict[str, Any], message: str) -> None:
@@ -179,7 +179,7 @@ def test_two_lines_of_one_trial_are_refused(tmp_path: Path) -> None:
 
 def test_append_refuses_what_could_not_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    with pytest.raises(RecordsError, match="'status' must be one of complete, failed, diverged, stopped"):
+    with pytest.raises(RecordsError, match="'status' must be one of complete, failed, diverged, pruned, stopped"):
         RecordLog(path).append(make_record(status="done"))
     assert not path.exists()
 

@@ -531,3 +531,26 @@ def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert this_machine().gpus == gpus
     assert this_machine().cpus >= 1
+
+
+def test_a_grid_is_of_single_values_all_of_which_are_tried() -> None:
+    deft = {"alpha": {"loguniform": [0.1, 1.0]}, "epsilon": {"choice": [1e-5, 1e-3]}}
+    search = {"sampler": "grid", "try_first": [{"deft.alpha": 0.5}]}
+    assert faults_of(deft=deft, search=search) == [
+        (("search", "try_first"), "means nothing to the grid sampler, which tries every point; leave it out"),
+        (("deft", "alpha"), "the grid sampler takes single values (got loguniform 0.1, 1); allowed: choice, randint"),
+    ]
+    deft["alpha"] = {"choice": [0.1, 1.0]}
+    assert faults_of(deft=deft, search={"sampler": "grid"}) == []
+
+
+def test_a_grid_that_nobody_would_list_is_refused() -> None:
+    leaves = {"r": {"randint": [1, 400]}, "lora_alpha": {"choice": [1.0, 2.0]}}
+    found = faults_of(
+        adapter=leaves,
+        train={"steps": {"randint": [1, 200]}},
+        baseline={"adapter.r": 1, "adapter.lora_alpha": 1.0, "train.steps": 1},
+        search={"sampler": "grid"},
+    )
+    what = "a grid has at most 100,000 points (got 160,000); take 'random' or 'tpe'"
+    assert found == [(("search", "sampler"), what)]

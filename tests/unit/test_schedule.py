@@ -10,7 +10,7 @@ import pytest
 from deft_ray.results.records import Record
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.schema import SweepSpec, TrialSpec
-from deft_ray.sweep.schedule import Nothing, Schedule, objectives, trial_id
+from deft_ray.sweep.schedule import Nothing, Schedule, trial_id
 
 
 def make_spec(**search: Any) -> SweepSpec:
@@ -164,20 +164,3 @@ def test_points_to_try_first_are_tried_first(tmp_path: Path) -> None:
     trials = run(Schedule(make_spec(try_first=[point]), tmp_path, []))[2:4]
     for trial in trials:
         assert (trial.deft.alpha, trial.deft.epsilon, trial.train.batch_size) == (1.0, 1e-7, 16)
-
-
-def test_objectives_are_means_over_seeds_and_never_half() -> None:
-    spec = make_spec(seeds=[0, 1])
-    trial = TrialSpec.model_validate(
-        {"trial": "t", "task": "nano-sentiment", "seed": 0, "baseline": False, **_sections(spec)}
-    )
-    good, bad = ended(trial), ended(trial, "failed")
-    assert good.score is not None
-    assert good.density is not None
-    assert objectives([good, good]) == (good.score, good.density)
-    assert objectives([good, bad]) is None
-    assert objectives([]) is None
-
-
-def _sections(spec: SweepSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name).model_dump() for name in ("model", "data", "adapter", "deft", "train")}

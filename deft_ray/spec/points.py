@@ -1,0 +1,42 @@
+"""The points of a sweep that are known before it starts: those to try first, and a grid's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from deft_ray.spec.domains import Domain, Scalar
+from deft_ray.spec.resolve import DECIDING, is_read
+from deft_ray.spec.schema import SweepSpec
+
+Point = dict[str, Scalar]
+
+
+def count_points(spec: SweepSpec) -> int:
+    """Points of each task: ``search.trials``, or fewer where a grid has no more."""
+    return len(first_points(spec)) if spec.search.sampler == "grid" else spec.search.trials
+
+
+def first_points(spec: SweepSpec) -> list[Point]:
+    """Points that come before the sampler's own: of a grid all, else ``search.try_first``."""
+    first = grid(spec) if spec.search.sampler == "grid" else [dict(point) for point in spec.search.try_first]
+    return first[: spec.search.trials]
+
+
+def grid(spec: SweepSpec) -> list[Point]:
+    """Every combination of the values of choices and of whole numbers, leaves that are not read left out."""
+    names = list(deciding_first(spec))
+    found: dict[tuple[tuple[str, Scalar], ...], None] = {}
+    for combination in itertools.product(*(_values(spec.space[name]) for name in names)):
+        values = dict(zip(names, combination, strict=True))
+        found.setdefault(tuple((name, values[name]) for name in spec.space if is_read(spec, values, name)))
+    return [dict(point) for point in found]
+
+
+def deciding_first(spec: SweepSpec) -> Iterator[str]:
+    """Searched leaves in an order in which those that decide whether others are read come first."""
+    return iter(sorted(spec.space, key=lambda dotted: dotted not in DECIDING))
+
+
+def _values(domain: Domain) -> Sequence[Scalar]:
+    return domain.args if domain.kind == "choice" else range(int(domain.args[0]), int(domain.args[1]) + 1)

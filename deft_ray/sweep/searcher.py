@@ -1,0 +1,222 @@
+"""One task's searcher: points asked from an Optuna study and told to it, with how each of them ended.
+
+The study's journal lies in the run directory. Each ask draws from a sampler that is seeded by its own number, so that a
+point is a function of the spec and of what was told before, whatever was interrupted in between.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from deft_ray.results.front import is_feasible
+from deft_ray.results.records import Record
+from deft_ray.spec.domains import Domain, Scalar
+from deft_ray.spec.points import deciding_first, first_points
+from deft_ray.spec.resolve import is_read
+from deft_ray.spec.schema import SweepSpec
+
+optuna.logging.set_verbosity(logging.ERROR)
+
+#: Named constraints of the study: above 0 is infeasible.
+_SCORE_LIMIT, _NUMBERS = "max_score_drop", "finite"
+
+
+class Ending(enum.StrEnum):
+    """How a point ended; of several seeds the first of these that any of them met."""
+
+    FAILED = "failed"
+    STOPPED = "stopped"
+    DIVERGED = "diverged"
+    PRUNED = "pruned"
+    INFEASIBLE = "infeasible"
+    COMPLETE = "complete"
+
+
+class TaskSearch:
+    """The points of one task.
+
+    The study has two objectives: the change of the score against the baseline, up, and the density, down.
+
+    Args:
+        spec: The sweep's spec.
+        task: The task.
+        folder: Where the study's journal lies; the study goes on from it.
+    """
+
+    def __init__(self, spec: SweepSpec, task: str, folder: Path) -> None:
+        self.spec, self.task = spec, task
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(folder / f"{task}.log"))),
+                study_name=task,
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
+            )
+        if not self._study.get_trials(deepcopy=False):
+            for point in first_points(spec):
+                self._study.enqueue_trial(dict(point))
+
+    def point(self, number: int) -> dict[str, Scalar]:
+        """Return the sampled values of a point; asks the study if it has none of this number.
+
+        A leaf that the point's other values leave unread has no value.
+        """
+        known = self._study.get_trials(deepcopy=False)
+        self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
+        if number < len(known) and known[number].state != TrialState.WAITING:
+            trial = known[number]
+            if trial.state.is_finished() or not self._lacks(trial.params):
+                return dict(trial.params)
+            asked = Trial(self._study, trial._trial_id)  # killed in the middle of an ask
+        else:
+            if self.spec.search.sampler == "gp" and number == len(known):
+                self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
+            asked = self._study.ask()
+            assert asked.number == number, f"asked for point {number} of {self.task}, got {asked.number}"
+        return self._suggest_all(asked)
+
+    def _suggest_all(self, trial: Trial) -> dict[str, Scalar]:
+        values: dict[str, Scalar] = {}
+        for dotted in deciding_first(self.spec):
+            if is_read(self.spec, values, dotted):
+                values[dotted] = _suggest(trial, dotted, self.spec.space[dotted])
+        return {dotted: values[dotted] for dotted in self.spec.space if dotted in values}
+
+    def _view(self, known: Sequence[FrozenTrial]) -> optuna.Study:
+        """The study as a Gaussian process has to see it: it looks at values alone, so diverged points get the worst.
+
+        Otherwise it would take what it never saw for good, and ask for it again and again.
+        """
+        view = optuna.create_study(directions=self._study.directions, sampler=self._study.sampler)
+        measured = [trial.values for trial in known if trial.state == TrialState.COMPLETE]
+        worst = [min((score for score, _ in measured), default=-1.0), max((d for _, d in measured), default=1.0)]
+        for trial in known:
+            diverged = trial.user_attrs.get("ending") == Ending.DIVERGED
+            view.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.COMPLETE if diverged else trial.state,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    values=worst if diverged else trial.values,
+                    user_attrs=trial.user_attrs,
+                    system_attrs=trial.system_attrs,
+                )
+            )
+        return view
+
+    def _lacks(self, values: Mapping[str, Scalar]) -> bool:
+        """Whether a leaf has no value that a trial with these values reads."""
+        space = deciding_first(self.spec)
+        return any(dotted not in values and is_read(self.spec, values, dotted) for dotted in space)
+
+    def tell(self, number: int, results: Sequence[Record], baselines: Sequence[Record]) -> None:
+        """Tell the study how a point ended, once.
+
+        Complete and infeasible points have values, the latter by how much they miss the limit. A diverged point has
+        none, and breaks a constraint, so that the sampler keeps away from it. A pruned one has its fidelity. Failed
+        and stopped ones say nothing about the point.
+
+        Args:
+            number: Of the point.
+            results: Its records, one for each seed.
+            baselines: The baselines of the same seeds.
+        """
+        frozen: FrozenTrial = self._study.get_trials(deepcopy=False)[number]
+        if frozen.state.is_finished():
+            return
+        self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
+        limit = self.spec.constraint.max_score_drop
+        values = changes(results, baselines)
+        ending = ending_of(results, values, limit)
+        trial = Trial(self._study, frozen._trial_id)
+        trial.set_user_attr("ending", ending.value)
+        trial.set_user_attr("steps", max((record.steps for record in results), default=0))
+        missed = -values[0] - limit if ending is Ending.INFEASIBLE and values is not None and limit is not None else 0.0
+        trial.set_constraint(_SCORE_LIMIT, missed)
+        trial.set_constraint(_NUMBERS, 1.0 if ending is Ending.DIVERGED else 0.0)
+        if ending in (Ending.COMPLETE, Ending.INFEASIBLE) and values is not None:
+            self._study.tell(number, list(values))
+        elif ending in (Ending.DIVERGED, Ending.PRUNED):
+            self._study.tell(number, state=TrialState.PRUNED)
+        else:
+            self._study.tell(number, state=TrialState.FAIL)
+
+
+def ending_of(results: Sequence[Record], values: tuple[float, float] | None, max_score_drop: float | None) -> Ending:
+    """Return how a point ended.
+
+    Args:
+        results: Its records, one for each seed.
+        values: Mean score change and mean density; None where a seed has none.
+        max_score_drop: The score limit.
+    """
+    statuses = {record.status for record in results}
+    if "failed" in statuses or not results:
+        return Ending.FAILED
+    if "diverged" in statuses:
+        return Ending.DIVERGED
+    if "stopped" in statuses:
+        return Ending.STOPPED
+    if "pruned" in statuses:
+        return Ending.PRUNED
+    if values is None:
+        return Ending.FAILED
+    return Ending.COMPLETE if is_feasible(-values[0], max_score_drop) else Ending.INFEASIBLE
+
+
+def changes(results: Sequence[Record], baselines: Sequence[Record]) -> tuple[float, float] | None:
+    """Return (mean of score minus the baseline's, mean density) over seeds, or None if any of them has none.
+
+    Args:
+        results: One record for each seed.
+        baselines: The baseline of each.
+    """
+    if not results or any(record.status != "complete" for record in (*results, *baselines)):
+        return None
+    pairs = [(a.score, b.score) for a, b in zip(results, baselines, strict=True)]
+    gains = [score - before for score, before in pairs if score is not None and before is not None]
+    densities = [record.density for record in results if record.density is not None]
+    if len(gains) < len(results) or len(densities) < len(results) or not all(map(math.isfinite, (*gains, *densities))):
+        return None
+    return sum(gains) / len(gains), sum(densities) / len(densities)
+
+
+def _suggest(trial: Trial, dotted: str, domain: Domain) -> Scalar:
+    if domain.kind == "choice":
+        chosen = trial.suggest_categorical(dotted, domain.args)
+        assert chosen is not None
+        return chosen
+    low, high = domain.args
+    if domain.kind == "randint":
+        return trial.suggest_int(dotted, int(low), int(high))
+    return trial.suggest_float(dotted, float(low), float(high), log=domain.kind == "loguniform")
+
+
+def build_sampler(spec: SweepSpec, what: str) -> optuna.samplers.BaseSampler:
+    """Build the spec's sampler with a seed of its own for this one ask; a grid's points are all enqueued."""
+    digest = hashlib.sha256(f"{spec.search.seed} {what}".encode()).digest()
+    seed, start = int.from_bytes(digest[:4], "big"), spec.search.startup_trials
+    match spec.search.sampler:
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=start)
+        case "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=start)
+        case "gp":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=start)  # needs torch; the driver has it
+        case _:
+            return optuna.samplers.RandomSampler(seed=seed)
