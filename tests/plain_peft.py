@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deft_ray.spec.schema import TrialSpec
 
@@ -68,10 +70,16 @@ def train_plain(
 
 
 class PlainCounts:
-    """Non-zeros and totals by side, one unpadded row at a time."""
+    """Non-zeros and totals by side, one unpadded row at a time.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: Whose activations; counted while ``on``.
+        virtual: Positions that a prompt puts before the encoder's input; they count in ``every`` alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, virtual: int = 0) -> None:
         self.nonzero, self.total, self.on = {"encoder": 0, "decoder": 0}, {"encoder": 0, "decoder": 0}, True
+        self.every, self.virtual = [0, 0], virtual
         for name, module in model.named_modules():
             if name.endswith(("DenseReluDense.act", "intermediate_act_fn", "mlp.act", "activation_fn")):
                 side = "decoder" if any(part in f".{name}" for part in (".decoder.", ".transformer.h.")) else "encoder"
@@ -79,5 +87,40 @@ class PlainCounts:
 
     def add(self, side: str, act: Tensor) -> None:
         if self.on:
-            self.nonzero[side] += int((act != 0).sum())
-            self.total[side] += act.numel()
+            real = act[:, self.virtual :] if self.virtual and side == "encoder" else act
+            self.nonzero[side] += int((real != 0).sum())
+            self.total[side] += real.numel()
+            self.every[0] += int((act != 0).sum())
+            self.every[1] += act.numel()
+
+
+def reopened(folder: Path, adapter: Path, outputs: int | None, virtual: int = 0) -> tuple[Any, Any, PlainCounts]:
+    """Open a saved adapter as anybody would.
+
+    Args:
+        folder: The pretrained model.
+        adapter: Folder of the adapter.
+        outputs: Outputs of the head; None for a T5.
+        virtual: See :class:`PlainCounts`.
+
+    Returns:
+        Tokenizer, PEFT model, counts of its activations.
+    """
+    if outputs is None:
+        base = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=outputs)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    return AutoTokenizer.from_pretrained(folder), model, PlainCounts(model, virtual)
+
+
+def texts_of(tokenizer: Any, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> list[dict[str, Tensor]]:
+    """Tokenise each row by itself, unpadded."""
+    columns = tuple(columns)
+    return [dict(tokenizer(*(row[column] for column in columns), return_tensors="pt")) for row in rows]
+
+
+def answers_of_head(model: Any, inputs: Iterable[dict[str, Tensor]]) -> list[float]:
+    """Return what a head says of each row: the likeliest class, or the value where it has one output."""
+    logits = [model(**row).logits[0] for row in inputs]
+    return [float(row[0]) if len(row) == 1 else float(row.argmax()) for row in logits]

@@ -60,6 +60,10 @@ GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
     "rte": ("sentence1", "sentence2"),
 }
 
+#: How a text-to-text model is asked for MRPC's label, and its answers.
+MRPC = "mrpc sentence1: {sentence1} sentence2: {sentence2}"
+MRPC_LABELS = ("not_equivalent", "equivalent")
+
 _NOUNS = ("boat", "garden", "letter", "cousin", "kettle", "horse", "window", "tailor")
 _GOOD = ("bright", "gentle", "splendid", "merry")
 _BAD = ("dreary", "sour", "wretched", "clumsy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,25 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
-from deft_ray.train.host import load_task
-from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
-from tests.plain_peft import PlainCounts
-from tests.tiny import glue_rows, make_image, tiny_trial, write_tiny_gpt2, write_tiny_opt, write_tiny_vit
-from tests.unit.test_slot import EPSILON, check_density, run, shaken, taken_gradient, weights, worst
+from tests.plain_peft import PlainCounts, answers_of_head, texts_of
+from tests.slots import (
+    EPSILON,
+    check_density,
+    check_score,
+    first_indices,
+    gradient_of,
+    run,
+    same,
+    seen_activations,
+    shaken,
+    soft_density,
+    taken_gradient,
+    trained,
+    worst,
+)
+from tests.tiny import glue_rows, make_image
 
 #: Model, task, outputs of the head, text columns.
 CASES = (
@@ -40,47 +51,10 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models, and ``dry-`` ones without dropout."""
-    root = tmp_path_factory.mktemp("dry")
-    return {
-        **tiny_models,
-        "dry-gpt2": write_tiny_gpt2(root / "gpt2", dropout=0.0),
-        "dry-opt": write_tiny_opt(root / "opt", dropout=0.0),
-        "dry-narrow-opt": write_tiny_opt(root / "narrow-opt", dropout=0.0, narrow=True),
-        "dry-vit": write_tiny_vit(root / "vit", dropout=0.0),
-    }
-
-
-@pytest.fixture(scope="module")
-def bases(models: dict[str, Path]) -> Callable[[str, str], Base]:
-    loaded: dict[tuple[str, str], Base] = {}
-
-    def get(name: str, quantization: str) -> Base:
-        if (name, quantization) not in loaded:
-            folder = str(models[name])
-            loaded[name, quantization] = load_base(folder, name.split("-")[-1], quantization=quantization)
-        return loaded[name, quantization]
-
-    return get
-
-
 @pytest.fixture
-def open_slot(bases: Any, ranks: Ranks, models: dict[str, Path], tiny_data: Path) -> Iterator[Callable[..., Slot]]:
-    opened: list[Slot] = []
-
-    def make(name: str, task: str, quantization: str = "none", **leaves: Any) -> Slot:
-        while opened:
-            opened.pop().close()
-        spec: TrialSpec = tiny_trial(models[name], name.split("-")[-1], tiny_data, task, **leaves)
-        base = bases(name, quantization)
-        opened.append(Slot(spec, base, load_task(spec.task, spec.data, base), ranks))
-        return opened[0]
-
-    yield make
-    while opened:
-        opened.pop().close()
+def open_slot(open_slot: Callable[[TrialSpec], Slot], trial: Callable[..., TrialSpec]) -> Callable[..., Slot]:
+    """Opens the slot of a model on a task."""
+    return lambda name, task, **leaves: open_slot(trial(name, task, **leaves))
 
 
 def plain_inputs(folder: Path, data: Path, task: str, columns: tuple[str, ...], split: str) -> list[dict[str, Tensor]]:
@@ -88,8 +62,7 @@ def plain_inputs(folder: Path, data: Path, task: str, columns: tuple[str, ...], 
     if columns:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         count = 30 if split == "train" else 14
-        rows = glue_rows(task, split, count)
-        return [dict(tokenizer(*(row[column] for column in columns), return_tensors="pt")) for row in rows]
+        return texts_of(tokenizer, glue_rows(task, split, count), columns)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return [dict(processor(image, return_tensors="pt")) for image, _ in plain_images(data, task, split)]
 
@@ -142,63 +115,46 @@ def test_score_and_density_as_plain_peft_finds_them(
     quantization: str,
 ) -> None:
     with torch.enable_grad():
-        slot = open_slot(name, task, quantization, deft__alpha=1.0, train__steps=10, train__batch_size=10)
+        slot = open_slot(
+            name, task, model__quantization=quantization, deft__alpha=1.0, train__steps=10, train__batch_size=10
+        )
         losses = run(slot)
         slot.save_adapter(tmp_path)
         found = slot.evaluate()
     assert len(set(losses)) == 10
     model = reopened(tiny_models[name], tmp_path, outputs, quantization)
-    counts, said = PlainCounts(model), []
-    for inputs in plain_inputs(tiny_models[name], tiny_data, task, columns, "validation"):
-        logits = model(**inputs).logits[0]
-        said.append(float(logits[0]) if outputs == 1 else float(logits.argmax()))
-    labels = plain_labels(tiny_data, task, columns)
+    counts = PlainCounts(model)
+    said = answers_of_head(model, plain_inputs(tiny_models[name], tiny_data, task, columns, "validation"))
 
     check_density(found, counts)
     side, other = ("encoder", "decoder") if name == "vit" else ("decoder", "encoder")
     assert found.counts.density(side) == found.counts.density() is not None
     assert found.counts.density(other) is None
     assert set(found.counts.density_layers()) == {f"{side}.0", f"{side}.1"}
-    score = next(iter(found.scores.values()))
-    if outputs == 1:
-        assert score == pytest.approx(float(torch.corrcoef(torch.tensor([said, labels]))[0, 1]), abs=1e-3)
-    else:
-        assert score == sum(s == label for s, label in zip(said, labels, strict=True)) / 14
+    check_score(found, said, plain_labels(tiny_data, task, columns), 1e-3 if outputs == 1 else None)
 
 
 def plain_gradient(
     slot: Slot, rows: list[dict[str, Tensor]], labels: list[float], outputs: int, alpha: float
 ) -> dict[str, Tensor]:
     """Gradient of task loss + α x density over these rows, passed one by one; densities weigh every token alike."""
-    losses, acts = [], {site.name: [] for site in slot.base.sites}
-    hooks = [
-        site.module.register_forward_hook(
-            lambda _m, _i, act, name=site.name: acts[name].append(act.reshape(-1, act.shape[-1]))
-        )
-        for site in slot.base.sites
-    ]
-    for row, label in zip(rows, labels, strict=True):
-        logits = slot.model(**row).logits
-        if outputs == 1:
-            losses.append((logits[0, 0] - label) ** 2)
-        else:
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([int(label)])))
-    for hook in hooks:
-        hook.remove()
-    loss = torch.stack(losses).mean()
-    for layer in acts.values():
-        act = torch.cat(layer)
-        loss = loss + alpha * (act**2 / (act**2 + EPSILON)).mean() / len(acts)
-    named = [(name, p) for name, p in slot.model.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, [p for _, p in named])
-    return {name: grad for (name, _), grad in zip(named, grads, strict=True)}
+    losses = []
+    with seen_activations(slot) as acts:
+        for row, label in zip(rows, labels, strict=True):
+            logits = slot.model(**row).logits
+            if outputs == 1:
+                losses.append((logits[0, 0] - label) ** 2)
+            else:
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([int(label)])))
+    densities = [soft_density(torch.cat([act.reshape(-1, act.shape[-1]) for act in layer])) for layer in acts.values()]
+    return gradient_of(slot, torch.stack(losses).mean() + alpha * torch.stack(densities).mean())
 
 
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize(("name", "task", "outputs", "columns"), CASES)
 def test_a_step_has_the_gradient_of_its_rows_one_by_one(
     open_slot: Any,
-    models: dict[str, Path],
+    tiny_models: dict[str, Path],
     tiny_data: Path,
     name: str,
     task: str,
@@ -219,8 +175,8 @@ def test_a_step_has_the_gradient_of_its_rows_one_by_one(
         train__gradient_checkpointing=micro == 2,
     )
     shaken(slot)
-    inputs = plain_inputs(models[name], tiny_data, task, columns, "train")
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()[:6]
+    inputs = plain_inputs(tiny_models[name], tiny_data, task, columns, "train")
+    order = first_indices(slot)
     labels = [slot.data.train[index].label for index in order]
     want = plain_gradient(slot, [inputs[index] for index in order], labels, outputs, 2.0)
     slot.step()
@@ -230,14 +186,11 @@ def test_a_step_has_the_gradient_of_its_rows_one_by_one(
 
 @pytest.mark.parametrize(("name", "task"), [("gpt2", "rte"), ("opt", "rte"), ("vit", "images")])
 def test_gradient_checkpointing_changes_nothing(open_slot: Any, name: str, task: str) -> None:
-    adapters = []
-    for checkpointing in (False, True):
-        leaves = {"deft__alpha": 2.0, "deft__epsilon": EPSILON, "train__gradient_checkpointing": checkpointing}
-        slot = open_slot(name, task, **leaves)
-        run(slot)
-        adapters.append(weights(slot.model))
-
-    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    leaves = {"deft__alpha": 2.0, "deft__epsilon": EPSILON}
+    plain, checkpointed = (
+        trained(open_slot(name, task, train__gradient_checkpointing=on, **leaves)) for on in (False, True)
+    )
+    assert same(plain, checkpointed)
 
 
 @pytest.mark.parametrize(("name", "task"), [("gpt2", "mnli"), ("opt", "mnli"), ("vit", "cifar10")])

@@ -2,64 +2,55 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deft_ray.models.adapters import Bottleneck, Lora, Prefix, Prompt
-from deft_ray.models.base import Base, load_base
-from deft_ray.spec.schema import AdapterSection
-from deft_ray.train.host import load_task
+from deft_ray.spec.schema import AdapterSection, TrialSpec
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot, adapter_of
-from tests.tiny import glue_rows, squad_rows, tiny_trial
+from tests.plain_peft import answers_of_head, reopened, texts_of
+from tests.slots import (
+    EPSILON,
+    check_density,
+    check_resumed,
+    check_score,
+    first_examples,
+    gradient_of,
+    left_in_memory,
+    remember_answers,
+    run,
+    same,
+    seen_activations,
+    shaken,
+    soft_density,
+    taken_gradient,
+    trained,
+    weights,
+    worst,
+)
+from tests.tiny import MRPC, MRPC_LABELS, glue_rows, squad_rows
+
+Trial = Callable[..., TrialSpec]
 
 KINDS = ("bottleneck", "prefix", "prompt")
 P = 5
-EPSILON = 1e-3
-
-
-@pytest.fixture(scope="module")
-def bases(tiny_models: dict[str, Path]) -> dict[str, Base]:
-    return {
-        name: load_base(str(tiny_models[name]), name.split("-")[-1]) for name in ("t5", "dry-t5", "bert", "roberta")
-    }
 
 
 @pytest.fixture
-def open_slot(
-    bases: dict[str, Base], ranks: Ranks, tiny_models: dict[str, Path], tiny_data: Path
-) -> Iterator[Callable[..., Slot]]:
-    opened: list[Slot] = []
+def open_slot(open_slot: Callable[[TrialSpec], Slot], trial: Trial) -> Callable[..., Slot]:
+    """Opens the slot of a model with an adapter."""
 
     def make(name: str, kind: str, task: str = "mrpc", **leaves: Any) -> Slot:
-        if opened:
-            opened.pop().close()
         settings = {"adapter__kind": kind, "adapter__virtual_tokens": P, "train__learning_rate": 0.1, **leaves}
-        spec = tiny_trial(tiny_models[name], name.split("-")[-1], tiny_data, task, **settings)
-        opened.append(Slot(spec, bases[name], load_task(spec.task, spec.data, bases[name]), ranks))
-        return opened[0]
+        return open_slot(trial(name, task, **settings))
 
-    yield make
-    while opened:
-        opened.pop().close()
-
-
-def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def run(slot: Slot, steps: int | None = None) -> list[float]:
-    return [slot.step().task_loss for _ in range(slot.steps if steps is None else steps)]
+    return make
 
 
 @pytest.mark.parametrize(
@@ -93,15 +84,6 @@ def test_training_lowers_the_loss(open_slot: Any, kind: str, name: str, task: st
     assert all(not torch.equal(before[key], after[key]) for key in before)
 
 
-def shaken(slot: Slot) -> Slot:
-    """Move what starts at zero, so that every weight has a gradient."""
-    dice = torch.Generator().manual_seed(0)
-    for name, parameter in slot.model.named_parameters():
-        if "bottleneck_up" in name:
-            parameter.data.normal_(std=0.1, generator=dice)
-    return slot
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_density_loss_is_that_of_real_tokens(open_slot: Any, kind: str, micro: int | None) -> None:
@@ -115,49 +97,35 @@ def test_the_density_loss_is_that_of_real_tokens(open_slot: Any, kind: str, micr
             deft__epsilon=EPSILON,
             train__max_grad_norm=0.0,
             train__micro_batch_size=micro,
-        )
+        ),
+        std=0.1,
     )
-    dice = torch.Generator().manual_seed(slot.trial.seed * 1_000_003)
-    order = torch.randperm(len(slot.data.train), generator=dice).tolist()
-    examples = [slot.data.train[index] for index in order[: slot.trial.train.batch_size]]
-    acts: dict[str, Tensor] = {}
-    hooks = [
-        s.module.register_forward_hook(lambda _m, _i, out, n=s.name: acts.update({n: out})) for s in slot.base.sites
-    ]
-    loss = slot.model(**slot._collate(examples).inputs).loss
-    for hook in hooks:
-        hook.remove()
+    examples = first_examples(slot)
+    with seen_activations(slot) as acts:
+        loss = slot.model(**slot._collate(examples).inputs).loss
     before = P if kind == "prompt" else 0
     for side in ("encoder", "decoder"):
         mine = []
-        for act in (act for name, act in acts.items() if name.startswith(side)):
+        for act in (act for name, (act,) in acts.items() if name.startswith(side)):
             first = before if side == "encoder" else 0
             lengths = [len(e.input_ids if side == "encoder" else e.target_ids) for e in examples]
             real = torch.cat([row[first : first + length] for row, length in zip(act, lengths, strict=True)])
-            mine.append((real**2 / (real**2 + EPSILON)).mean())
+            mine.append(soft_density(real))
         loss = loss + 2.0 * torch.stack(mine).mean()
-    named = [(name, p) for name, p in slot.model.named_parameters() if p.requires_grad]
-    want = torch.autograd.grad(loss, [p for _, p in named])
+    want = gradient_of(slot, loss)
     slot.step()
 
-    scale = max(float(grad.abs().max()) for grad in want)
-    for (name, parameter), grad in zip(named, want, strict=True):
-        got = slot.engine.optimizer.state[parameter]["exp_avg"] / 0.1
-        assert float((got - grad).abs().max()) / scale < 3e-5, name
+    assert worst(taken_gradient(slot), want) < 3e-5
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "prompt"])
 @pytest.mark.parametrize(("name", "task"), [("t5", "mrpc"), ("bert", "rte")])
 def test_gradient_checkpointing_changes_nothing(open_slot: Any, kind: str, name: str, task: str) -> None:
-    adapters = []
-    for checkpointing in (False, True):
-        slot = open_slot(
-            name, kind, task, deft__alpha=2.0, deft__epsilon=EPSILON, train__gradient_checkpointing=checkpointing
-        )
-        run(slot)
-        adapters.append(weights(slot.model))
-
-    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    leaves = {"deft__alpha": 2.0, "deft__epsilon": EPSILON}
+    plain, checkpointed = (
+        trained(open_slot(name, kind, task, train__gradient_checkpointing=on, **leaves)) for on in (False, True)
+    )
+    assert same(plain, checkpointed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,79 +134,18 @@ def test_a_resumed_trial_is_the_uninterrupted_one(
     open_slot: Any, tmp_path: Path, kind: str, name: str, task: str
 ) -> None:
     leaves = {"deft__alpha": 1.0, "data__max_target_tokens": 4, "train__steps": 4, "train__zero_stage": 1}
-    whole = open_slot(name, kind, task, **leaves)
-    losses = run(whole)
-    want, found = weights(whole.model), whole.evaluate()
-
-    first = open_slot(name, kind, task, **leaves)
-    early = run(first, 2)
-    first.save(tmp_path)
-    second = open_slot(name, kind, task, **leaves)
-    second.load(tmp_path)
-
-    assert early + run(second, 2) == losses
-    got = weights(second.model)
-    assert all(torch.equal(got[key], want[key]) for key in want)
-    assert second.evaluate().row() == found.row()
+    check_resumed(lambda: open_slot(name, kind, task, **leaves), tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["t5", "bert"])
-def test_a_closed_slot_is_collected(
-    bases: dict[str, Base], ranks: Ranks, tiny_models: dict[str, Path], tiny_data: Path, kind: str, name: str
-) -> None:
+def test_a_closed_slot_is_collected(trial: Trial, base_of: Any, ranks: Ranks, kind: str, name: str) -> None:
     task = "squad" if name == "t5" else "mrpc"
-    spec = tiny_trial(tiny_models[name], name, tiny_data, task, adapter__kind=kind, deft__alpha=1.0)
-    slot = Slot(spec, bases[name], load_task(spec.task, spec.data, bases[name]), ranks)
-    slot.step()
-    slot.evaluate()
-    adapter = [p for p in slot.model.parameters() if p.requires_grad]
-    watched = [weakref.ref(thing) for thing in (slot, slot.engine, slot.model, *adapter)]
-    slot.close()
-    del slot, adapter
-    gc.collect()
-
-    assert [type(ref()).__name__ for ref in watched if ref() is not None] == []
+    spec = trial(name, task, adapter__kind=kind, deft__alpha=1.0)
+    assert left_in_memory(spec, base_of(spec), ranks, evaluate=True) == []
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-class Counts:
-    """Non-zeros and totals of one unpadded row at a time, virtual tokens left out and counted."""
-
-    def __init__(self, model: torch.nn.Module, virtual: int) -> None:
-        self.real, self.every, self.on = [0, 0], [0, 0], True
-        for name, module in model.named_modules():
-            if name.endswith(("DenseReluDense.act", "intermediate_act_fn")):
-                cut = 0 if ".decoder.block." in name else virtual
-                module.register_forward_hook(lambda _m, _i, act, cut=cut: self.add(act, cut))
-
-    def add(self, act: Tensor, cut: int) -> None:
-        if self.on:
-            for pair, part in ((self.real, act[:, cut:]), (self.every, act)):
-                pair[0] += int((part != 0).sum())
-                pair[1] += part.numel()
-
-
-def reopened(folder: Path, adapter: Path, outputs: int | None, virtual: int) -> tuple[Any, Any, Counts]:
-    if outputs is None:
-        base = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    else:
-        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=outputs)
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    return AutoTokenizer.from_pretrained(folder), model, Counts(model, virtual)
-
-
-def check_density(found: Any, counts: Counts) -> None:
-    """One flipped zero at the edge of the GELU, as a padded batch rounds another way, is about 1e-5 here."""
-    assert found.counts.density() == pytest.approx(counts.real[0] / counts.real[1], abs=5e-5)
-    assert 0.3 < found.counts.density() < 0.999, "a density of one would prove nothing"
-    assert sum(int(row[1]) for row in found.counts.rows) == counts.real[1]
-
-
-MRPC = "mrpc sentence1: {sentence1} sentence2: {sentence2}"
-WORDS = ("not_equivalent", "equivalent")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,15 +163,15 @@ def test_text_to_text_classes_as_plain_peft_finds_them(
     for row in rows:
         source = tokenizer(MRPC.format(**row), return_tensors="pt")
         counts.on = True
-        model(**source, labels=tokenizer(WORDS[row["label"]], return_tensors="pt")["input_ids"])
+        model(**source, labels=tokenizer(MRPC_LABELS[row["label"]], return_tensors="pt")["input_ids"])
         counts.on = False
         scores = []
-        for word in WORDS:
+        for word in MRPC_LABELS:
             labels = tokenizer(word, return_tensors="pt")["input_ids"]
             scores.append(-float(model(**source, labels=labels).loss) * labels.shape[1])
         choices.append(scores.index(max(scores)))
     check_density(found, counts)
-    assert found.scores["accuracy"] == sum(c == row["label"] for c, row in zip(choices, rows, strict=True)) / 14
+    check_score(found, choices, [row["label"] for row in rows], None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,15 +179,7 @@ def test_text_to_text_classes_as_plain_peft_finds_them(
 def test_generated_answers_as_plain_peft_generates_them(
     open_slot: Any, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    from deft_ray.tasks.scoring import score_answers
-
-    said: list[str] = []
-
-    def remember(predictions: list[str], answers: Any) -> dict[str, float]:
-        said.extend(predictions)
-        return score_answers(predictions, answers)
-
-    monkeypatch.setattr("deft_ray.train.evaluation.score_answers", remember)
+    said = remember_answers(monkeypatch)
     slot = open_slot("t5", kind, "squad", train__steps=12, train__batch_size=10, data__max_target_tokens=6)
     with torch.enable_grad():
         run(slot)
@@ -315,17 +214,10 @@ def test_encoder_heads_as_plain_peft_reads_them(
     slot.save_adapter(tmp_path)
     found = slot.evaluate()
     tokenizer, model, counts = reopened(tiny_models[name], tmp_path, outputs, P if kind == "prompt" else 0)
-    rows, said = glue_rows(task, "validation", 14), []
-    for row in rows:
-        logits = model(**tokenizer(*(row[column] for column in columns), return_tensors="pt")).logits[0]
-        said.append(float(logits[0]) if outputs == 1 else float(logits.argmax()))
+    rows = glue_rows(task, "validation", 14)
+    said = answers_of_head(model, texts_of(tokenizer, rows, columns))
     check_density(found, counts)
-    labels = [row["label"] for row in rows]
-    score = next(iter(found.scores.values()))
-    if outputs == 1:
-        assert score == pytest.approx(float(torch.corrcoef(torch.tensor([said, labels]))[0, 1]), abs=2e-3)
-    else:
-        assert score == sum(s == label for s, label in zip(said, labels, strict=True)) / 14
+    check_score(found, said, [row["label"] for row in rows], 2e-3 if outputs == 1 else None)
 
 
 @torch.no_grad()
@@ -360,7 +252,7 @@ def test_outputs_that_are_no_numbers_are_not_scored(open_slot: Any, kind: str, n
 
 
 @pytest.mark.parametrize("padding", ["longest", "max_length"])
-def test_virtual_tokens_that_leave_no_room_are_named(open_slot: Any, bases: dict[str, Base], padding: str) -> None:
+def test_virtual_tokens_that_leave_no_room_are_named(open_slot: Any, base_of: Any, padding: str) -> None:
     """The longest source counts where sources are padded to the longest, else the length they are padded to."""
     with pytest.raises(ValueError, match=r"^adapter\.virtual_tokens: 500 virtual tokens and sources of up to ") as told:
         open_slot("bert", "prompt", "rte", data__padding=padding, adapter__virtual_tokens=500)
@@ -369,4 +261,4 @@ def test_virtual_tokens_that_leave_no_room_are_named(open_slot: Any, bases: dict
     source = 128 if padding == "max_length" else longest
 
     assert f" up to {source} tokens take {500 + source} positions, the model has 512; " in str(told.value)
-    assert all(not site.module._forward_hooks for site in bases["roberta"].sites)
+    assert all(not site.module._forward_hooks for site in slot.base.sites)

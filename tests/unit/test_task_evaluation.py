@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,33 +23,16 @@ from deft_ray.tasks import scoring
 from deft_ray.train.host import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
+from tests.plain_peft import reopened
+from tests.slots import check_density, new_slot, run, shaken, start_worker, word_overlap
 from tests.tiny import glue_rows, squad_rows, tiny_trial, write_glue
-from tests.unit.test_slot import check_density, reopened, word_overlap
 
 Row = dict[str, Any]
-Open = Callable[[str, TrialSpec], Slot]
+Open = Callable[[TrialSpec], Slot]
 
-LENGTH, WRITTEN, SPREAD = 50, 6, 1.0
-
-
-@pytest.fixture(scope="module")
-def bases(tiny_models: dict[str, Path]) -> dict[str, Base]:
-    return {name: load_base(str(tiny_models[name]), name.split("-")[-1]) for name in ("dry-t5", "bert")}
-
-
-@pytest.fixture
-def open_slot(bases: dict[str, Base], ranks: Ranks) -> Iterator[Open]:
-    opened: list[Slot] = []
-
-    def make(name: str, spec: TrialSpec) -> Slot:
-        if opened:
-            opened.pop().close()
-        opened.append(Slot(spec, bases[name], load_task(spec.task, spec.data, bases[name]), ranks))
-        return opened[0]
-
-    yield make
-    while opened:
-        opened.pop().close()
+LENGTH, WRITTEN = 50, 6
+#: Spread of an adapter's random weights at which what the model writes hangs on what it reads.
+SPREAD = 1.0
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -136,12 +118,12 @@ def test_a_question_is_scored_once_by_its_surest_window_and_counted_in_all(
         return seen["said"]  # type: ignore[no-any-return]
 
     monkeypatch.setattr("deft_ray.train.evaluation.surest_answers", choose)
-    slot = open_slot("dry-t5", long_trial(tiny_models["dry-t5"], long_squad))
+    slot = open_slot(long_trial(tiny_models["dry-t5"], long_squad))
     if state == "shaken":
-        shaken(slot)
+        shaken(slot, SPREAD, seed=1)
     else:
         with torch.enable_grad():
-            run_steps(slot)
+            run(slot)
     slot.save_adapter(tmp_path)
     found = slot.evaluate()
 
@@ -169,25 +151,11 @@ def test_a_question_is_scored_once_by_its_surest_window_and_counted_in_all(
     assert found.scores["f1"] == pytest.approx(sum(points) / 13, abs=1e-6)
 
 
-def run_steps(slot: Slot) -> None:
-    for _ in range(slot.steps):
-        slot.step()
-
-
-def shaken(slot: Slot) -> Slot:
-    """Give an adapter random weights, so that what the model writes hangs on what it reads."""
-    dice = torch.Generator().manual_seed(1)
-    for name, parameter in slot.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=SPREAD, generator=dice)
-    return slot
-
-
 def test_windows_in_which_nothing_is_written_are_the_least_sure(
     open_slot: Open, tiny_models: dict[str, Path], long_squad: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first row of each batch begins with padding and ends there; the others write one token over and over."""
-    slot = open_slot("dry-t5", long_trial(tiny_models["dry-t5"], long_squad))
+    slot = open_slot(long_trial(tiny_models["dry-t5"], long_squad))
     seen: list[scoring.Answer] = []
 
     def nothing_first(**options: Any) -> torch.Tensor:
@@ -211,7 +179,7 @@ def test_windows_in_which_nothing_is_written_are_the_least_sure(
 def test_sureness_that_is_no_number_is_not_compared(
     open_slot: Open, tiny_models: dict[str, Path], long_squad: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slot = open_slot("dry-t5", long_trial(tiny_models["dry-t5"], long_squad))
+    slot = open_slot(long_trial(tiny_models["dry-t5"], long_squad))
     monkeypatch.setattr(
         "deft_ray.train.evaluation.token_log_likelihood", lambda logits, _labels: torch.full((len(logits),), torch.nan)
     )
@@ -221,7 +189,7 @@ def test_sureness_that_is_no_number_is_not_compared(
 
 def evaluate_shaken(spec: TrialSpec, base: Base, ranks: Ranks) -> dict[str, Any]:
     """Evaluate a slot whose adapter does something; tell which windows fell to this rank."""
-    slot = shaken(Slot(spec, base, load_task(spec.task, spec.data, base), ranks))
+    slot = shaken(new_slot(spec, base, ranks), SPREAD, seed=1)
     found = slot.evaluate()
     left = {"counts": found.counts.rows, "scores": found.scores}
     slot.close()
@@ -230,10 +198,7 @@ def evaluate_shaken(spec: TrialSpec, base: Base, ranks: Ranks) -> dict[str, Any]
 
 def work(rank: int, folder: Path, model: Path, specs: list[TrialSpec]) -> None:
     """One of two workers."""
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    ranks = Ranks(rank, 2, torch.device("cpu"))
+    ranks = start_worker(rank, 2, folder)
     base = load_base(str(model), "t5")
     torch.save([evaluate_shaken(spec, base, ranks) for spec in specs], folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
@@ -243,7 +208,7 @@ def test_two_workers_score_questions_and_splits_as_one_does(
     tiny_models: dict[str, Path],
     long_squad: Path,
     mismatched: Path,
-    bases: dict[str, Base],
+    base_of: Callable[[TrialSpec], Base],
     ranks: Ranks,
     tmp_path: Path,
 ) -> None:
@@ -253,11 +218,11 @@ def test_two_workers_score_questions_and_splits_as_one_does(
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
 
     for index, spec in enumerate((squad, mnli)):
-        alone = evaluate_shaken(spec, bases["dry-t5"], ranks)
+        alone = evaluate_shaken(spec, base_of(spec), ranks)
         assert first[index]["scores"] == second[index]["scores"] == pytest.approx(alone["scores"], abs=1e-6)
         assert torch.equal(first[index]["counts"], second[index]["counts"])
         assert torch.equal(first[index]["counts"][:, 1], alone["counts"][:, 1])
-    validation = load_task("squad", squad.data, bases["dry-t5"]).validation
+    validation = load_task("squad", squad.data, base_of(squad)).validation
     order = sorted(range(len(validation)), key=lambda index: (-len(validation[index].input_ids), index))
     rank_of = {place: number // squad.train.eval_batch_size % 2 for number, place in enumerate(order)}
     homes = [{rank_of[n] for n, example in enumerate(validation) if example.row == row} for row in range(13)]
@@ -290,7 +255,7 @@ def test_mismatched_rows_are_scored_beside_and_counted_nowhere(
     found = []
     for folder in (mismatched, without, swapped):
         family = name.split("-")[-1]
-        slot = open_slot(name, tiny_trial(tiny_models[name], family, folder, "mnli", train__steps=3))
+        slot = open_slot(tiny_trial(tiny_models[name], family, folder, "mnli", train__steps=3))
         for _ in range(3):
             slot.step()
         found.append(slot.evaluate())
@@ -323,7 +288,7 @@ GLUE_METRICS = {
 def test_each_glue_task_has_its_metrics(
     open_slot: Open, tiny_models: dict[str, Path], tiny_data: Path, task: str
 ) -> None:
-    evaluation = open_slot("bert", tiny_trial(tiny_models["bert"], "bert", tiny_data, task)).evaluate()
+    evaluation = open_slot(tiny_trial(tiny_models["bert"], "bert", tiny_data, task)).evaluate()
     row = evaluation.row()
     assert [row["score_metric"], *row["extra_scores"]] == GLUE_METRICS[task]
 
@@ -331,9 +296,9 @@ def test_each_glue_task_has_its_metrics(
 # --- own files --------------------------------------------------------------------------------------------------------
 
 
-def run(open_slot: Open, name: str, spec: TrialSpec) -> tuple[list[float], dict[str, float], torch.Tensor]:
-    slot = open_slot(name, spec)
-    losses = [slot.step().task_loss for _ in range(slot.steps)]
+def trained(open_slot: Open, spec: TrialSpec) -> tuple[list[float], dict[str, float], torch.Tensor]:
+    slot = open_slot(spec)
+    losses = run(slot)
     found = slot.evaluate()
     return losses, found.scores, found.counts.rows
 
@@ -357,13 +322,12 @@ def test_own_files_with_known_rows_train_and_score_as_the_known_task(
     )
     known = tiny_trial(tiny_models["bert"], "bert", tiny_data, "rte")
     mine = tiny_trial(tiny_models["bert"], "bert", tmp_path, "pairs", data__own={"pairs": own})
-    want = run(open_slot, "bert", known)
+    want = trained(open_slot, known)
 
-    assert_same_run(run(open_slot, "bert", mine), want)
+    assert_same_run(trained(open_slot, mine), want)
     f1 = own.model_copy(update={"metric": "f1"})
-    scores = run(
-        open_slot, "bert", mine.model_copy(update={"data": mine.data.model_copy(update={"own": {"pairs": f1}})})
-    )[1]
+    with_f1 = mine.model_copy(update={"data": mine.data.model_copy(update={"own": {"pairs": f1}})})
+    _, scores, _ = trained(open_slot, with_f1)
     assert list(scores) == ["f1", "accuracy"]
     assert scores["accuracy"] == want[1]["accuracy"]
 
@@ -380,7 +344,7 @@ def test_own_similarities_train_and_score_as_the_known_task(
     known = tiny_trial(tiny_models["bert"], "bert", tiny_data, "stsb")
     mine = tiny_trial(tiny_models["bert"], "bert", tmp_path, "like", data__own={"like": own})
 
-    assert_same_run(run(open_slot, "bert", mine), run(open_slot, "bert", known))
+    assert_same_run(trained(open_slot, mine), trained(open_slot, known))
 
 
 def test_own_questions_train_and_score_as_squad_does(
@@ -398,7 +362,7 @@ def test_own_questions_train_and_score_as_squad_does(
     data = known.data.model_copy(update={"tasks": ["faq"], "dir": str(tmp_path), "own": {"faq": own}})
     mine = known.model_copy(update={"task": "faq", "data": data})
 
-    assert_same_run(run(open_slot, "dry-t5", mine), run(open_slot, "dry-t5", known))
+    assert_same_run(trained(open_slot, mine), trained(open_slot, known))
 
 
 def test_own_classes_are_answered_in_their_own_words(
@@ -410,7 +374,7 @@ def test_own_classes_are_answered_in_their_own_words(
         train="rows.parquet", validation="rows.parquet", text="body", label="stars", labels=["one star", "five"]
     )
     spec = tiny_trial(tiny_models["dry-t5"], "t5", tmp_path, "reviews", data__own={"reviews": own}, train__steps=2)
-    slot = open_slot("dry-t5", spec)
+    slot = open_slot(spec)
     tokenizer = slot.base.tokenizer
     for row, example in zip(rows, slot.data.train, strict=True):
         assert tokenizer.decode(example.input_ids) == f"reviews body: {row['body']}</s>"
