@@ -57,6 +57,15 @@ def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Map
     return _build(spec, trial, task, seed, {**unread, **sample}, baseline=False)
 
 
+def rung_shares(spec: SweepSpec) -> tuple[float, ...]:
+    """Return the shares of a trial's steps at which the scheduler judges it: the first, times η, and so on, below 1."""
+    shares, share = list[float](), spec.search.first_rung
+    while spec.search.scheduler != "none" and share < 1.0 - 1e-9:
+        shares.append(round(share, 9))
+        share *= spec.search.reduction_factor
+    return tuple(shares)
+
+
 def _default(spec: SweepSpec, dotted: str) -> Any:
     section, key = dotted.split(".")
     return type(getattr(spec, section)).model_fields[key].default
@@ -86,6 +95,7 @@ def _build(
             "task": task,
             "seed": seed,
             "baseline": baseline,
+            "rungs": rung_shares(spec),
             "model": spec.model.model_dump(),
             "data": spec.data.model_dump(),
             **sections,

@@ -150,6 +150,9 @@ class SearchSection(Section):
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     try_first: list[dict[str, Scalar]] = []
+    scheduler: Literal["none", "mo_asha"] = "none"
+    first_rung: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 9
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     max_concurrent: Positive | None = None
 
 
@@ -213,12 +216,14 @@ class TrialSpec(Section):
         task: Name of the task.
         seed: Seed of adapter init, data order and dropout.
         baseline: True for the trial of the same task and seed with the density loss off.
+        rungs: Shares of its steps at which the scheduler judges it.
     """
 
     trial: str
     task: str
     seed: int
     baseline: bool
+    rungs: tuple[float, ...] = ()
     model: ModelSection
     data: DataSection
     adapter: AdapterSection

@@ -13,6 +13,7 @@ from deft_ray.results.front import Point, front, hypervolume, points, varying, w
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
 from deft_ray.spec.catalog import find_task
+from deft_ray.spec.resolve import is_read
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.live import LiveLines
 from deft_ray.sweep.run_dir import RunDir
@@ -63,7 +64,8 @@ class Books:
         self.schedule.ended(record)
         found = self._points()
         point = next(point for point in found if point.trial == record.trial)
-        sampled = {dotted: record.config[dotted] for dotted in self.spec.space}
+        sampled: dict[str, Any] = {leaf: record.config[leaf] for leaf in self.spec.space}
+        sampled = {leaf: value for leaf, value in sampled.items() if is_read(self.spec, sampled, leaf)}
         self.live.ended(record, point, sampled, self.schedule.remaining)
         if record.baseline and record.status != "complete":
             self.live.say(f"the baseline of {record.task} failed: no more trials of this task")
@@ -87,7 +89,7 @@ class Books:
             self.records,
             self.spec.constraint.max_score_drop,
             stop_reason,
-            extra,
+            {**extra, **early_stopping(self.records)},
             model=self.spec.model.name,
             tracking_uri=self.tracking_uri,
         )
@@ -134,6 +136,22 @@ class Books:
         mine = [other for other in found[:step] if other.task == record.task]
         on_front = [other.trial for other in front(mine)]
         self._mirror.front(record.task, on_front, hypervolume(mine), step, at=record.ended_at)
+
+
+def early_stopping(records: list[Record]) -> dict[str, str]:
+    """Say what the scheduler saved, for the report; nothing where it stopped no trial or lengths are in epochs."""
+    pruned = [record for record in records if record.status == "pruned"]
+    saved = 0
+    for record in pruned:
+        planned = record.config.get("train.steps")
+        if not isinstance(planned, int):
+            return {}
+        saved += planned - record.steps
+    trained = sum(record.steps for record in records)
+    if not saved:
+        return {}
+    share = saved / (saved + trained)
+    return {"early stopping": f"{len(pruned)} trials pruned: {trained:,} steps trained, {saved:,} ({share:.0%}) saved"}
 
 
 def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:

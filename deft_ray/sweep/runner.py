@@ -265,12 +265,14 @@ class _Sweep:
     def _tune(self, dispatcher: Any, near_driver: dict[str, float], storage: str, slots: int) -> None:
         from ray import tune
 
-        from deft_ray.sweep.tuning import BookKeeper, ScheduleSearcher, build_trainable
+        from deft_ray.sweep.rungs import build_rungs
+        from deft_ray.sweep.tuning import BookKeeper, RungScheduler, ScheduleSearcher, build_trainable
 
         tuner = tune.Tuner(
             build_trainable(dispatcher, {"cpu": 0, **near_driver}),
             tune_config=tune.TuneConfig(
                 search_alg=ScheduleSearcher(self._next_trial),
+                scheduler=RungScheduler(build_rungs(self.spec, self.run_dir.search)),
                 num_samples=-1,
                 reuse_actors=True,
                 max_concurrent_trials=self.spec.search.max_concurrent or slots + 1,

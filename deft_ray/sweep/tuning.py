@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from deft_ray.spec.schema import TrialSpec
+from deft_ray.sweep.rungs import Rungs
 from deft_ray.sweep.schedule import Nothing
 
 _log = logging.getLogger(__name__)
@@ -68,6 +71,38 @@ class ScheduleSearcher(_StaysHere, Searcher):
         """Nothing: the schedule is rebuilt from records."""
 
 
+class RungScheduler(_StaysHere, FIFOScheduler):
+    """Stops a trial that the rungs do not let through; all its state is in their journal.
+
+    Args:
+        rungs: Judge every arrival; None lets everything through.
+    """
+
+    def __init__(self, rungs: Rungs | None) -> None:
+        super().__init__()
+        self._rungs = rungs
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return whether a trial goes on, by the evaluations at rungs that came with this result."""
+        rows = result.get("rows", ()) if self._rungs is not None else ()
+        goes_on = [self._judge(trial, row) for row in rows if row.get("rung") is not None]
+        return str(TrialScheduler.CONTINUE if all(goes_on) else TrialScheduler.STOP)
+
+    def _judge(self, trial: Any, row: dict[str, Any]) -> bool:
+        assert self._rungs is not None
+        spec = TrialSpec.model_validate_json(trial.config["spec"])
+        return self._rungs.arrive(
+            task=spec.task,
+            trial=spec.trial,
+            seed=spec.seed,
+            baseline=spec.baseline,
+            rung=row["rung"],
+            step=row["step"],
+            score=row["score"],
+            density=row["density"],
+        )
+
+
 def build_trainable(dispatcher: Any, resources: dict[str, float]) -> Any:
     """Build the function that is one Tune trial: submit, then forward rows until the last.
 
@@ -120,7 +155,11 @@ class BookKeeper(_StaysHere, tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial without a last row was stopped by the scheduler: free its slot."""
-        self._end(trial, {"kind": "end", "status": "pruned", "cause": "stopped by the scheduler"})
+        rows, now = self._rows.get(trial.config["trial"], {}), time.time()
+        began = min((row["time"] for row in rows.values()), default=now)
+        step = max((row["step"] for row in rows.values()), default=0)
+        last = {"kind": "end", "status": "pruned", "cause": f"stopped by the scheduler after step {step}"}
+        self._end(trial, {**last, "started_at": began, "ended_at": now, "wall_s": now - began})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The Tune trial itself broke, beyond Tune's retries."""

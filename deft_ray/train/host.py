@@ -12,6 +12,7 @@ import platform
 import resource
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -161,10 +162,12 @@ class _Run:
         self.storage = TrialStorage(host.checkpoints, trial.trial, fingerprint(trial))
         self.clock = _Clock()
         self.evaluated: dict[str, Any] = {}
+        self.rungs = rung_steps(self.slot.steps, trial.rungs)
+        self.rung: int | None = None
 
     def to_end(self) -> None:
         self._resume()
-        evaluations = evaluation_steps(self.slot.steps, self.trial.train.evaluations)
+        evaluations = evaluation_steps(self.slot.steps, self.trial.train.evaluations) | self.rungs.keys()
         report_every = max(1, self.slot.steps // TRAIN_ROWS)
         saved = time.monotonic()
         self.clock.startup_s += time.time() - self.started
@@ -185,7 +188,9 @@ class _Run:
         if latest is not None:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
-            self.evaluated = latest["evaluated"]
+            self.evaluated, self.rung = latest["evaluated"], latest["rung"]
+            if self.rung is not None:  # whoever judged it there may have been killed before he could act
+                self._send("eval", **self.evaluated, rung=self.rung)
 
     def _step(self, measure: bool) -> bool:
         """Train one step; True if the trial is to stop. Raises FloatingPointError on every rank if one diverged."""
@@ -215,11 +220,12 @@ class _Run:
         began = time.monotonic()
         self.evaluated = self.slot.evaluate().row()
         self.clock.eval_s += time.monotonic() - began
-        self._send("eval", **self.evaluated)
+        self.rung = self.rungs.get(self.slot.done)
+        self._send("eval", **self.evaluated, **({} if self.rung is None else {"rung": self.rung}))
 
     def _save(self) -> None:
         began = time.monotonic()
-        meta = {"clock": vars(self.clock), "evaluated": self.evaluated}
+        meta = {"clock": vars(self.clock), "evaluated": self.evaluated, "rung": self.rung}
         self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
         self.clock.save_s += time.monotonic() - began
 
@@ -275,6 +281,16 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
     """Return the steps after which a trial is evaluated: evenly spread, the last one always."""
     count = min(evaluations, steps)
     return {round(steps * (index + 1) / count) for index in range(count)}
+
+
+def rung_steps(steps: int, shares: Sequence[float]) -> dict[int, int]:
+    """Return the rung at each step after which the scheduler judges a trial of so many; never at the last step.
+
+    >>> rung_steps(90, (1 / 9, 1 / 3)), rung_steps(2, (1 / 9, 1 / 3))
+    ({10: 0, 30: 1}, {1: 1})
+    """
+    found = {max(1, round(share * steps)): rung for rung, share in enumerate(shares)}
+    return {step: rung for step, rung in found.items() if step < steps}
 
 
 def fingerprint(trial: TrialSpec) -> str:

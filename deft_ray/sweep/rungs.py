@@ -1,0 +1,171 @@
+r"""Multi-objective asynchronous successive halving: which trials train on beyond a rung.
+
+A rung is a share of a trial's steps. A trial that arrives is compared with all that have arrived there before it, and
+trains on if it stands among the best 1/η of them, itself counted. With two objectives "best" is an order, not a number
+(Schmucker et al., arXiv:2106.12639):
+
+1. feasible trials before those that miss the score limit, the latter by how much they miss it;
+2. feasible ones by non-dominated sorting: a front before the next;
+3. within a front by an ε-net: the best score first, then always the one that is farthest from all before it, with both
+   objectives scaled to the rung's range, so that what trains on is spread along the front.
+
+The score limit is judged against the baseline of the same task and seed *at the same rung*, since everything is worse
+in the middle of its training.
+
+Every arrival is written to a journal with its decision, before anybody acts on it. So a trial that comes to a rung
+again, after a resume, gets the same answer, and later ones meet the same company.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import moocore
+import numpy as np
+
+from deft_ray.results.front import is_feasible
+from deft_ray.spec.schema import SweepSpec
+
+#: Distances that differ by less are one: roundings decide about no trial.
+_TIE = 1e-12
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A trial at a rung.
+
+    Args:
+        task: Its task; tasks are not compared.
+        trial: Its name.
+        seed: Its seed.
+        baseline: Whether it is a baseline, which is never stopped nor compared.
+        rung: Number of the rung, from 0.
+        step: Steps done.
+        score: Task score there.
+        density: Density there.
+        missed: By how much it misses the score limit; 0 where it does not.
+        goes_on: Whether it trains on.
+    """
+
+    task: str
+    trial: str
+    seed: int
+    baseline: bool
+    rung: int
+    step: int
+    score: float
+    density: float
+    missed: float
+    goes_on: bool
+
+
+class Rungs:
+    """Decides about every arrival of a sweep.
+
+    Args:
+        reduction_factor: η: one of so many trains on.
+        max_score_drop: The score limit; None for none.
+        journal: File of the arrivals so far; they are taken up.
+    """
+
+    def __init__(self, reduction_factor: float, max_score_drop: float | None, journal: Path) -> None:
+        self._factor, self._limit, self._journal = reduction_factor, max_score_drop, journal
+        self._arrivals: dict[tuple[str, int], Arrival] = {}
+        for line in _whole_lines(journal):
+            arrival = Arrival(**json.loads(line))
+            self._arrivals[arrival.trial, arrival.rung] = arrival
+
+    def arrive(
+        self, *, task: str, trial: str, seed: int, baseline: bool, rung: int, step: int, score: float, density: float
+    ) -> bool:
+        """Take note of a trial at a rung; returns whether it trains on.
+
+        A trial that was here before gets the answer that it got.
+        """
+        known = self._arrivals.get((trial, rung))
+        if known is not None:
+            return known.goes_on
+        missed = 0.0 if baseline else self._missed(task, seed, rung, score)
+        mine = Arrival(task, trial, seed, baseline, rung, step, score, density, missed, True)
+        if not baseline:
+            others = [a for a in self._arrivals.values() if (a.task, a.rung, a.baseline) == (task, rung, False)]
+            place = order([*others, mine]).index(len(others))
+            kept = max(1, int((len(others) + 1) / self._factor))
+            mine = Arrival(**{**asdict(mine), "goes_on": place < kept})
+        self._write(mine)
+        self._arrivals[trial, rung] = mine
+        return mine.goes_on
+
+    def _missed(self, task: str, seed: int, rung: int, score: float) -> float:
+        if self._limit is None:
+            return 0.0
+        there = (
+            a.score for a in self._arrivals.values() if (a.task, a.seed, a.rung, a.baseline) == (task, seed, rung, True)
+        )
+        baseline = next(there, None)
+        if baseline is None or is_feasible(baseline - score, self._limit):
+            return 0.0
+        return baseline - score - self._limit
+
+    def _write(self, arrival: Arrival) -> None:
+        self._journal.parent.mkdir(parents=True, exist_ok=True)
+        with self._journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(arrival)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_lines(journal: Path) -> list[str]:
+    """Lines of a journal; what a killed process left without its end is cut off, as nobody has acted on it."""
+    if not journal.is_file():
+        return []
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(journal, len(whole))
+    return whole.decode("utf-8").splitlines()
+
+
+def order(arrivals: Sequence[Arrival]) -> list[int]:
+    """Return the places of a rung's arrivals in ``arrivals``, best first."""
+    feasible = [index for index, arrival in enumerate(arrivals) if arrival.missed == 0.0]
+    rest = sorted(set(range(len(arrivals))) - set(feasible), key=lambda index: (arrivals[index].missed, index))
+    if not feasible:
+        return rest
+    values = np.array([[-arrivals[index].score, arrivals[index].density] for index in feasible], dtype=np.float64)
+    span = np.ptp(values, axis=0)
+    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
+    ranks = moocore.pareto_rank(values)
+    ordered: list[int] = []
+    for rank in np.unique(ranks):
+        front = np.flatnonzero(ranks == rank)
+        ordered += [feasible[front[place]] for place in epsilon_net(scaled[front])]
+    return ordered + rest
+
+
+def epsilon_net(points: np.ndarray) -> list[int]:
+    """Order points so that every first few of them are spread: the first objective's best, then always the farthest.
+
+    Args:
+        points: (n, 2), each column to be minimised, scaled alike. Ties go to the earlier point.
+    """
+    first = int(np.lexsort((points[:, 1], points[:, 0]))[0])
+    chosen, nearest = [first], np.linalg.norm(points - points[first], axis=1)
+    nearest[first] = -1.0
+    while len(chosen) < len(points):
+        following = int(np.argmax(nearest >= nearest.max() - _TIE))
+        chosen.append(following)
+        nearest = np.minimum(nearest, np.linalg.norm(points - points[following], axis=1))
+        nearest[chosen] = -1.0
+    return chosen
+
+
+def build_rungs(spec: SweepSpec, folder: Path) -> Rungs | None:
+    """Return the rungs of a sweep that has them; their journal lies in ``folder``."""
+    if spec.search.scheduler != "mo_asha":
+        return None
+    return Rungs(spec.search.reduction_factor, spec.constraint.max_score_drop, folder / "rungs.jsonl")

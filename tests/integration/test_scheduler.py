@@ -1,0 +1,61 @@
+"""A sweep whose trials are stopped at rungs, killed in the middle and continued."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.integration.sweeps import records, start, stop, sweep, wait_until
+from tests.tiny import write_glue, write_tiny_bert
+
+SPEC = """
+name: rungs
+model: {{name: {model}, family: bert}}
+data: {{dir: {data}, tasks: [sst2], max_source_tokens: 48}}
+deft: {{alpha: {{loguniform: [0.1, 30]}}, epsilon: {{loguniform: [1e-5, 1e-1]}}}}
+train: {{steps: 18, batch_size: 16, learning_rate: 3e-3, checkpoint_every_s: 0}}
+search: {{trials: 7, scheduler: mo_asha, max_concurrent: 1}}
+constraint: {{max_score_drop: 0.2}}
+"""
+SAME = ("trial", "status", "score", "density", "steps", "config")
+
+
+def test_trials_are_pruned_and_a_killed_sweep_prunes_the_same(tmp_path: Path) -> None:
+    model, data = write_tiny_bert(tmp_path / "model"), write_glue(tmp_path / "data", ("sst2",))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC.format(model=model, data=data))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = sweep(spec, whole)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(whole)
+
+    pruned = [record for record in found if record["status"] == "pruned"]
+    stopped = {a["trial"]: a for a in arrivals(whole) if not a["goes_on"]}
+    assert len(found) == 8
+    assert {record["status"] for record in found} == {"complete", "pruned"}
+    assert {record["trial"] for record in pruned} == stopped.keys()
+    for record in pruned:
+        last = stopped[record["trial"]]
+        assert (record["steps"], record["score"], record["density"]) == (last["step"], last["score"], last["density"])
+        assert record["steps"] in (2, 6)
+        assert record["cause"] == f"stopped by the scheduler after step {record['steps']}"
+        assert record["wall_s"] > 0
+    saved = sum(18 - record["steps"] for record in pruned)
+    assert (
+        f"{len(pruned)} trials pruned: {8 * 18 - saved} steps trained, {saved} (" in (whole / "report.md").read_text()
+    )
+    assert not {row["trial"] for row in arrivals(whole) if row["baseline"]} & stopped.keys()
+
+    process = start(spec, cut)
+    wait_until(lambda: len(records(cut)) >= 3, process)
+    stop(process, signal.SIGKILL)
+    again = sweep(spec, cut, "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [[record[key] for key in SAME] for record in records(cut)] == [[r[key] for key in SAME] for r in found]
+    assert arrivals(cut) == arrivals(whole)
+
+
+def arrivals(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "search" / "rungs.jsonl").read_text().splitlines()]
