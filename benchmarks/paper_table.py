@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 SPEC = "benchmarks/glue_minilm.yaml"
 PUBLISHED = Path(__file__).parent / "published_table1.csv"
 PAGE = ROOT / "docs" / "results.md"
-ADAPTERS = ("bottleneck", "lora")
+#: With its learning rate; at 1e-3 LoRA does not learn STS-B (Pearson's r -0.12).
+RATES = {"bottleneck": 1e-3, "lora": 4e-4}
 TASKS = {"sst2": "SST-2", "stsb": "STS-B", "mrpc": "MRPC", "rte": "RTE", "cola": "CoLA"}
 KEPT = (
     "task", "seed", "baseline", "status", "score", "score_metric", "extra_scores", "density", "density_paper",
@@ -47,7 +48,7 @@ def main() -> None:
     if not given.page:
         if not (given.encoder and given.data):
             parser.error("--encoder FOLDER and --data FOLDER are needed (or --page alone)")
-        rows = [row for kind in ADAPTERS for row in run(kind, given)]
+        rows = [row for kind in RATES for row in run(kind, given)]
         store("paper_table", {"spec": SPEC, "rows": rows})
     PAGE.write_text(page(json.loads((RESULTS / "paper_table.json").read_text())))
     print(f"wrote {PAGE}")
@@ -58,6 +59,7 @@ def run(kind: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     output = given.output / kind
     settings = {
         "adapter.kind": kind,
+        "train.learning_rate": RATES[kind],
         "model.name": given.encoder,
         "data.dir": given.data,
         "search.seeds": f"[{given.seeds}]",
@@ -84,7 +86,8 @@ def page(result: dict[str, Any]) -> str:
         "`benchmarks/results/paper_table.json`, the settings in `benchmarks/glue_minilm.yaml`.",
         "",
         f"Encoder: MiniLM, 6 layers, 22.7 M parameters, GELU, {rows[0]['dtype']}, its pretrained weights. Data: GLUE.",
-        f"{' and '.join(map(str, sorted(steps)))} steps of 32 examples a trial, learning rate 1e-3, l0 with ε = 1e-7. "
+        f"{' and '.join(map(str, sorted(steps)))} steps of 32 examples a trial, l0 with ε = 1e-7; learning rate "
+        f"{' and '.join(f'{rate:g} ({kind})' for kind, rate in RATES.items())}. "
         f"{'One seed' if len(seeds) == 1 else f'{len(seeds)} seeds'} ({', '.join(map(str, seeds))}).",
         f"Machine: {machine['cores']} CPU cores ({machine['cpu']}), {machine['memory_gib']} GiB, "
         f"{machine['gpu'] or 'no GPU'}; {hours:.1f} hours of trials. Measured {result['at']}.",
@@ -96,7 +99,7 @@ def page(result: dict[str, Any]) -> str:
         head,
         "|---" * (3 + len(TASKS)) + "|",
     ]
-    for kind in ADAPTERS:
+    for kind in RATES:
         mine = [row for row in rows if row["adapter"] == kind and row["status"] == "complete"]
         share = 100 * statistics.median(row["trainable_share"] for row in mine)
         name = f"{kind} ({share:.2f} %)"
@@ -150,7 +153,7 @@ def _published() -> list[str]:
     with PUBLISHED.open() as file:
         rows = list(csv.DictReader(file))
     lines = []
-    for kind in ADAPTERS:
+    for kind in RATES:
         for method in ("PEFT", "DEFT"):
             cells = {row["task"]: row for row in rows if (row["module"], row["method"]) == (kind, method)}
             name = kind if method == "PEFT" else ""
