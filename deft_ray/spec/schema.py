@@ -162,6 +162,24 @@ class ConstraintSection(Section):
     max_score_drop: Annotated[float, Field(ge=0.0)] | None = None
 
 
+class BudgetSection(Section):
+    """When no new trial starts, beside ``search.trials``; None is no limit.
+
+    Args:
+        wall_hours: Hours since the command was started; a resumed sweep has them anew.
+        gpu_hours: Hours of trials times the GPUs of a host.
+        steps: Training steps of all trials.
+        stall_trials: Sampled trials of each task in a row in which no hypervolume has grown by ``stall_growth``.
+        stall_growth: In units of the hypervolume, whose largest value is 1.
+    """
+
+    wall_hours: Annotated[float, Field(gt=0.0)] | None = None
+    gpu_hours: Annotated[float, Field(gt=0.0)] | None = None
+    steps: Positive | None = None
+    stall_trials: Positive | None = None
+    stall_growth: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-3
+
+
 class ResourcesSection(Section):
     """Hosts: worker groups that each hold one copy of the base and serve trials."""
 
@@ -195,6 +213,7 @@ class SweepSpec(Section):
     train: TrainSection
     search: SearchSection = SearchSection()
     constraint: ConstraintSection = ConstraintSection()
+    budget: BudgetSection = BudgetSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
     baseline: dict[str, Scalar] = {}

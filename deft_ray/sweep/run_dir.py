@@ -63,7 +63,7 @@ class RunDir:
         faults = [
             f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it began with"
             for path, before, here in _differences(there, _plain(spec))
-            if not path.startswith("tracking")
+            if not path.startswith(("tracking", "budget"))
         ]
         if faults:
             raise SetupError("\n".join(faults))

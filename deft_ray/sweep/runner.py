@@ -129,20 +129,26 @@ class _Sweep:
     def __init__(self, spec: SweepSpec, run_dir: RunDir, plan: Plan, address: str | None) -> None:
         from deft_ray.results.records import RecordLog
         from deft_ray.sweep.books import Books
+        from deft_ray.sweep.budget import Budget
         from deft_ray.sweep.schedule import Schedule
 
         self.spec, self.run_dir, self.plan, self.address = spec, run_dir, plan, address
         self.schedule = Schedule(spec, run_dir.search, RecordLog(run_dir.records).read())
         self.books = Books(spec, run_dir, self.schedule, plan.slots)
         self.failure: str | None = None
+        self.spent: str | None = None
         self._tuned = threading.Event()
         self.began = time.time()
+        self._budget = Budget(spec, self.began)
 
     def run(self) -> RunDir:
         reason, status = "all trials have ended", "complete"
         try:
-            if self.schedule.remaining:
+            self.spent = self._budget.spent(self.books.records)
+            if self.schedule.remaining and self.spent is None:
                 self._run_trials()
+            if self.schedule.remaining and self.spent is not None:
+                reason = self.spent
             if self.failure is not None:
                 reason, status = f"no host could be kept: {self.failure}", "failed"
         except KeyboardInterrupt:
@@ -175,6 +181,7 @@ class _Sweep:
             storage = storage_path(self.run_dir.storage(self.spec))
             self._probe_storage(storage)
             settings, count = self._host_settings(ray, storage)
+            self._budget.gpus = settings.gpus * settings.workers
             hosts = [HostThread(index, settings, dispatcher) for index in range(count)]
             watch = threading.Thread(target=self._watch_hosts, args=(ray, dispatcher, count), daemon=True)
             for thread in (*hosts, watch):
@@ -290,10 +297,14 @@ class _Sweep:
     def _next_trial(self) -> Any:
         from deft_ray.sweep.schedule import Nothing
 
-        return self.schedule.next() if self.failure is None else Nothing.MORE
+        if self.failure is None and self.spent is None:
+            self.spent = self._budget.spent(self.books.records)
+        return self.schedule.next() if self.failure is None and self.spent is None else Nothing.MORE
 
     def _say_end(self, problems: list[str]) -> None:
         say = self.books.live.say
+        if self.spent is not None and self.schedule.remaining:
+            say(f"ended early: {self.spent}; {self.schedule.remaining} trials not run")
         for line in self.books.summary():
             say(line)
         for problem in problems:

@@ -1,4 +1,4 @@
-"""A sweep whose trials are stopped at rungs, killed in the middle and continued."""
+"""A sweep whose trials are stopped at rungs, ended early by its budget, killed in the middle and continued."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ constraint: {{max_score_drop: 0.2}}
 SAME = ("trial", "status", "score", "density", "steps", "config")
 
 
-def test_trials_are_pruned_and_a_killed_sweep_prunes_the_same(tmp_path: Path) -> None:
+def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path) -> None:
     model, data = write_tiny_bert(tmp_path / "model"), write_glue(tmp_path / "data", ("sst2",))
     spec = tmp_path / "spec.yaml"
     spec.write_text(SPEC.format(model=model, data=data))
@@ -48,8 +48,13 @@ def test_trials_are_pruned_and_a_killed_sweep_prunes_the_same(tmp_path: Path) ->
     )
     assert not {row["trial"] for row in arrivals(whole) if row["baseline"]} & stopped.keys()
 
-    process = start(spec, cut)
-    wait_until(lambda: len(records(cut)) >= 3, process)
+    early = sweep(spec, cut, "--set", "budget.steps=20")
+    assert early.returncode == 0, early.stdout + early.stderr
+    why = "budget.steps = 20 is spent (36)"
+    assert f"ended early: {why}; 6 trials not run" in early.stdout
+    assert why in (cut / "report.md").read_text()
+    process = start(spec, cut, "--resume")
+    wait_until(lambda: len(records(cut)) >= 4, process)
     stop(process, signal.SIGKILL)
     again = sweep(spec, cut, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr

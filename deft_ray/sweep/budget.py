@@ -1,0 +1,55 @@
+"""When a sweep has had enough: no new trial starts then, those that train go on to their end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from deft_ray.results.front import hypervolume_history
+from deft_ray.results.records import Record
+from deft_ray.spec.schema import SweepSpec
+
+
+class Budget:
+    """Judges a sweep by its ended trials and by the clock.
+
+    Args:
+        spec: The sweep's spec.
+        began: When this run of the sweep began, unix seconds; a resumed sweep has its wall time anew.
+
+    Attributes:
+        gpus: GPUs of one host, once the cluster is known.
+    """
+
+    def __init__(self, spec: SweepSpec, began: float) -> None:
+        self._spec, self._budget, self._began = spec, spec.budget, began
+        self.gpus = 0
+
+    def spent(self, records: Sequence[Record]) -> str | None:
+        """Return what is spent, for the report; None while there is some left.
+
+        Args:
+            records: Ended trials, in the order in which they ended.
+        """
+        budget, hours = self._budget, (time.time() - self._began) / 3600
+        if budget.wall_hours is not None and hours >= budget.wall_hours:
+            return f"budget.wall_hours = {budget.wall_hours:g} is spent"
+        gpu_hours = sum(record.wall_s for record in records) * self.gpus / 3600
+        if budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours:
+            return f"budget.gpu_hours = {budget.gpu_hours:g} is spent ({gpu_hours:.1f})"
+        steps = sum(record.steps for record in records)
+        if budget.steps is not None and steps >= budget.steps:
+            return f"budget.steps = {budget.steps:,} is spent ({steps:,})"
+        if budget.stall_trials is not None and self._stalls(records, budget.stall_trials):
+            return f"no hypervolume has grown by {budget.stall_growth:g} in the last {budget.stall_trials} trials"
+        return None
+
+    def _stalls(self, records: Sequence[Record], last: int) -> bool:
+        """Whether no task's hypervolume has grown enough in each task's last so many sampled trials."""
+        for task in self._spec.data.tasks:
+            mine = [record for record in records if record.task == task]
+            baselines = sum(record.baseline for record in mine)
+            history = hypervolume_history(mine, task, self._spec.constraint.max_score_drop)
+            if len(mine) < baselines + last or history[-1] - history[-1 - last] >= self._budget.stall_growth:
+                return False
+        return True

@@ -1,0 +1,89 @@
+"""When a sweep has had enough."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from deft_ray.results.records import Record
+from deft_ray.spec.loading import check_tree
+from deft_ray.sweep.budget import Budget
+
+
+def make_budget(tasks: tuple[str, ...] = ("nano-sentiment",), began: float | None = None, **limits: Any) -> Budget:
+    tree = {"name": "s", "data": {"tasks": list(tasks)}, "train": {"steps": 10}, "budget": limits}
+    spec, faults = check_tree(tree)
+    assert spec is not None, faults
+    return Budget(spec, time.time() if began is None else began)
+
+
+def ended(density: float, trial: int, task: str = "nano-sentiment", **fields: Any) -> Record:
+    named: dict[str, Any] = {"status": "complete", "score": 0.8, "steps": 10, "wall_s": 1800.0, "baseline": False}
+    return Record(
+        trial=f"t{trial}",
+        task=task,
+        seed=0,
+        score_metric="accuracy",
+        dtype="float32",
+        activation="",
+        density=density,
+        **{**named, **fields},
+    )
+
+
+def test_without_limits_nothing_is_ever_spent() -> None:
+    assert make_budget(began=0.0).spent([ended(0.5, n) for n in range(100)]) is None
+
+
+def test_hours_of_the_clock() -> None:
+    assert make_budget(wall_hours=2, began=time.time() - 7100).spent([]) is None
+    assert make_budget(wall_hours=2, began=time.time() - 7300).spent([]) == "budget.wall_hours = 2 is spent"
+
+
+def test_hours_of_gpus_are_those_of_all_trials_and_workers() -> None:
+    budget = make_budget(gpu_hours=4)
+    assert budget.spent([ended(0.5, n) for n in range(99)]) is None, "no GPU, no GPU-hours"
+    budget.gpus = 4
+    assert budget.spent([ended(0.5, 0)]) is None
+    assert budget.spent([ended(0.5, n) for n in range(2)]) == "budget.gpu_hours = 4 is spent (4.0)"
+
+
+def test_steps_of_pruned_trials_count_as_many_as_were_trained() -> None:
+    budget = make_budget(steps=25)
+    assert budget.spent([ended(0.5, 0), ended(0.5, 1), ended(0.5, 2, status="pruned", steps=4)]) is None
+    assert budget.spent([ended(0.5, n) for n in range(3)]) == "budget.steps = 25 is spent (30)"
+
+
+def test_a_front_that_no_longer_grows() -> None:
+    """0.8 x 0.1 less density is 0.08 more hypervolume."""
+    budget = make_budget(stall_trials=3, stall_growth=0.05)
+    base = ended(0.9, 0, baseline=True)
+    falling = [ended(0.8 - 0.1 * n, n + 1) for n in range(4)]
+    flat = [ended(0.5 - 0.001 * n, n + 5) for n in range(3)]
+    assert budget.spent([base, *falling]) is None
+    assert budget.spent([base, *falling, *flat[:2]]) is None
+    why = "no hypervolume has grown by 0.05 in the last 3 trials"
+    assert budget.spent([base, *falling, *flat]) == why
+    assert budget.spent([base, *falling, *flat, ended(0.2, 9)]) is None
+    failed = [ended(0.5, n + 5, status="failed", score=None) for n in range(3)]
+    assert budget.spent([base, *falling, *failed]) == why, "nor do failures make it grow"
+
+
+def test_a_task_that_still_grows_keeps_the_sweep_going() -> None:
+    budget = make_budget(("nano-sentiment", "nano-question"), stall_trials=2, stall_growth=0.05)
+    one = [ended(0.9, 0, baseline=True), *(ended(0.9, n) for n in (1, 2, 3))]
+    other = [ended(0.9, 10 + n, "nano-question", baseline=n == 0) for n in range(3)]
+    assert budget.spent(one) is None, "the other task has hardly begun"
+    assert budget.spent([*one, *other]) == "no hypervolume has grown by 0.05 in the last 2 trials"
+    assert budget.spent([*one, *other, ended(0.5, 20, "nano-question")]) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "path"),
+    [({"wall_hours": 0}, "wall_hours"), ({"steps": 1.5}, "steps"), ({"stall_trials": 0}, "stall_trials")],
+)
+def test_a_budget_of_nothing_is_refused(limits: dict[str, Any], path: str) -> None:
+    tree = {"name": "s", "data": {"tasks": ["nano-sentiment"]}, "train": {"steps": 10}, "budget": limits}
+    assert [fault[0] for fault in check_tree(tree)[1]] == [("budget", path)]
