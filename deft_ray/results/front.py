@@ -160,6 +160,38 @@ def hypervolume_history(
     return [hypervolume(found[:ended], ref) for ended in range(1, len(found) + 1)]
 
 
+def lowest_density(points: Iterable[Point], max_score_drop: float) -> Point | None:
+    """The front's point of the lowest density whose score is at most so far below its baseline's; None without one.
+
+    Args:
+        points: Points of one task.
+        max_score_drop: In units of the score.
+    """
+    near = [p for p in front(points) if p.score_drop is not None and is_feasible(p.score_drop, max_score_drop)]
+    return min(near, key=lambda point: (point.density, point.trial), default=None)
+
+
+def knee(points: Iterable[Point]) -> Point | None:
+    r"""The front's point beyond which the score falls faster than the density; None for a front of fewer than three.
+
+    That of the largest distance from the line between the front's two ends, both objectives scaled to the front's range
+    (Das, 1999):
+
+    .. math:: \max_p \; \tilde s_p - \tilde d_p, \qquad \tilde s_p, \tilde d_p \in [0, 1]
+
+    None too where no point lies above that line. Of equal ones the lower density.
+    """
+    chosen = front(points)
+    values = _objectives(chosen) if chosen else np.empty((0, 2))
+    span = np.ptp(values, axis=0) if len(values) else np.zeros(2)
+    if len(chosen) < 3 or not span.all():
+        return None
+    scaled = (values - values.min(axis=0)) / span
+    gains = 1.0 - scaled.sum(axis=1)
+    best = int(np.argmax(gains))
+    return chosen[best] if gains[best] > _ROUNDING else None
+
+
 def varying(points: Iterable[Point]) -> list[str]:
     """Names of the settings that are not the same in all points; those of the method (``deft.``) first, then by name.
 

@@ -12,11 +12,23 @@ from typing import Any
 
 from deft_ray.results import figures
 from deft_ray.results.files import file_stem, write_text
-from deft_ray.results.front import Point, front, hypervolume, points, varying, write_front_csv
+from deft_ray.results.front import (
+    Point,
+    front,
+    hypervolume,
+    knee,
+    lowest_density,
+    points,
+    varying,
+    write_front_csv,
+)
 from deft_ray.results.records import STATUSES, Record
 
 _TABLE_SETTINGS = 4
 """Settings shown in the table of a front; front.csv has them all."""
+
+_DROPS = (0.0, 0.01)
+"""Score drops within which the lowest density is named."""
 
 _TIMES = (("startup_s", "start-up"), ("train_s", "training"), ("eval_s", "evaluation"), ("wall_s", "whole trial"))
 
@@ -149,7 +161,7 @@ def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> 
             "",
             f"Hypervolume {hypervolume(found):.4f} (reference: score 0, density 1). "
             f"Trials: {len(found)}, {complete} complete, of them {infeasible} infeasible and {len(chosen)} on the "
-            f"front; {len(found) - complete} not complete.",
+            f"front; {len(found) - complete} not complete.{_landmarks(found)}",
             "",
             _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score"),
             "",
@@ -158,6 +170,17 @@ def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> 
             f"Interactive: [{stem}.html]({stem}.html) · data: [{stem}.csv]({stem}.csv)",
         ]
     )
+
+
+def _landmarks(found: Sequence[Point]) -> str:
+    """Say which points a user will ask for first."""
+    said = ""
+    for drop in _DROPS:
+        point = lowest_density(found, drop)
+        if point is not None and not point.baseline:
+            said += f" Lowest density within {drop:g} of the baseline: {point.density:.4f} ({point.trial})."
+    bend = knee(found)
+    return said if bend is None else f"{said} Knee: {bend.trial} (score {bend.score:.4f}, density {bend.density:.4f})."
 
 
 def _rows_of(found: Sequence[Point], chosen: Sequence[Point]) -> list[Point]:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from deft_ray.results.front import (
     hypervolume,
     hypervolume_history,
     is_feasible,
+    knee,
+    lowest_density,
     points,
     varying,
     write_front_csv,
@@ -25,6 +28,8 @@ from deft_ray.results.front import (
 from deft_ray.results.records import Record
 
 SEEDS = range(40)
+#: Ten thousand sets of points, a thousand a test.
+BATCHES = [range(start, start + 1000) for start in range(0, 10_000, 1000)]
 
 
 def make_record(trial: str, score: float | None, density: float | None, **changes: Any) -> Record:
@@ -80,9 +85,13 @@ def staircase(made: list[Point], ref: tuple[float, float]) -> float:
     return area
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_front_against_brute_force(seed: int) -> None:
-    made = random_points(seed)
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: str(batch.start))
+def test_front_against_brute_force(batch: range) -> None:
+    for seed in batch:
+        check_front(random_points(seed))
+
+
+def check_front(made: list[Point]) -> None:
     able = [p for p in made if is_candidate(p)]
     expected = {p.trial for p in able if not any(dominates(q, p) for q in able)}
     chosen = front(made)
@@ -92,13 +101,52 @@ def test_front_against_brute_force(seed: int) -> None:
     assert all(p.on_front for p in chosen)
 
 
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: str(batch.start))
+def test_hypervolume_against_the_staircase(batch: range) -> None:
+    for seed in batch:
+        made, ref = random_points(seed), ((0.0, 1.0), (0.25, 0.75))[seed % 2]
+        expected = staircase([p for p in made if is_candidate(p)], ref)
+        assert hypervolume(made, ref) == pytest.approx(expected, abs=1e-12), seed
+        assert hypervolume(front(made), ref) == pytest.approx(expected, abs=1e-12), seed
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("ref", [(0.0, 1.0), (0.25, 0.75)])
-def test_hypervolume_against_the_staircase(seed: int, ref: tuple[float, float]) -> None:
-    made = random_points(seed)
-    expected = staircase([p for p in made if is_candidate(p)], ref)
-    assert hypervolume(made, ref) == pytest.approx(expected, abs=1e-12)
-    assert hypervolume(front(made), ref) == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("drop", [0.0, 0.1, 0.5])
+def test_lowest_density_against_brute_force(seed: int, drop: float) -> None:
+    made = [replace(p, score_drop=0.5 - p.score) if is_candidate(p) else p for p in random_points(seed)]  # type: ignore[operator]
+    near = [p.density for p in made if is_candidate(p) and p.score >= 0.5 - drop - 1e-9]  # type: ignore[operator]
+    found = lowest_density(made, drop)
+    assert (found.density if found else None) == min(near, default=None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_knee_is_farthest_from_the_line_between_the_ends(seed: int) -> None:
+    chosen = front(random_points(seed))
+    found = knee(chosen)
+    if len({(p.score, p.density) for p in chosen}) < 3:
+        assert found is None
+        return
+    (s0, d0), (s1, d1) = ((p.score, p.density) for p in (chosen[0], chosen[-1]))
+    assert None not in (s0, d0, s1, d1)
+    above = {  # twice the triangle's area over the base, which is the same for all
+        p.trial: (d1 - d0) * (p.score - s0) - (s1 - s0) * (p.density - d0)  # type: ignore[operator]
+        for p in chosen
+    }
+    if max(above.values()) < 1e-9:
+        assert found is None
+    else:
+        assert found is not None
+        assert above[found.trial] == pytest.approx(max(above.values()), abs=1e-12)
+
+
+def test_a_knee_by_hand() -> None:
+    bent = [make_point("t0", 0.5, 0.1), make_point("t1", 0.85, 0.2), make_point("t2", 0.9, 0.9)]
+    hollow = [make_point("t0", 0.5, 0.1), make_point("t1", 0.55, 0.6), make_point("t2", 0.9, 0.9)]
+    assert knee(bent) is not None
+    assert knee(bent).trial == "t1"  # type: ignore[union-attr]
+    assert knee(hollow) is None
+    assert knee(bent[:2]) is None
+    assert knee([]) is None
 
 
 def test_hypervolume_by_hand() -> None:
