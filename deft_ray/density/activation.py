@@ -10,6 +10,7 @@ Shape suffixes: B batch, T tokens, F d_ff, N rows (B times T).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deft_ray.density.approximations import Approximation, add_slope
+from deft_ray.density.approximations import L1, Approximation, add_slope
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,21 @@ def _needs_gradient(*inputs: Tensor) -> bool:
 
 
 @cache
-def _kernel() -> ModuleType | None:
-    """The Triton kernel, where Triton is installed."""
+def _kernel(device: torch.device) -> ModuleType | None:
+    """The Triton kernel, if it runs: Triton needs a C compiler and a folder to write to, which not every image has."""
     try:
         from deft_ray.density import kernel
-    except ImportError:
+
+        one = torch.ones(1, 1, device=device)
+        kernel.backward(one, one, None, one.view(1), L1(), "identity")
+    except Exception as error:  # whatever it is, torch's operators do the same
+        _log.warning("no Triton kernel for the density loss, torch's operators instead: %s", error)
         return None
     return kernel
 
 
 def _kernel_for(tensor: Tensor) -> ModuleType | None:
-    return _kernel() if tensor.is_cuda else None
+    return _kernel(tensor.device) if tensor.is_cuda else None
 
 
 def _backward(

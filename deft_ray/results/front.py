@@ -161,13 +161,15 @@ def hypervolume_history(
 
 
 def lowest_density(points: Iterable[Point], max_score_drop: float) -> Point | None:
-    """The front's point of the lowest density whose score is at most so far below its baseline's; None without one.
+    """The eligible point of the lowest density whose score is at most so far below its baseline's; None without one.
+
+    Each is compared with the baseline of its own seed, so it need not stand on a front of scores over several seeds.
 
     Args:
         points: Points of one task.
         max_score_drop: In units of the score.
     """
-    near = [p for p in front(points) if p.score_drop is not None and is_feasible(p.score_drop, max_score_drop)]
+    near = [p for p in _eligible(points) if p.score_drop is not None and is_feasible(p.score_drop, max_score_drop)]
     return min(near, key=lambda point: (point.density, point.trial), default=None)
 
 

@@ -13,14 +13,15 @@ Point = dict[str, Scalar]
 
 
 def count_points(spec: SweepSpec) -> int:
-    """Points of each task: ``search.trials``, or fewer where a grid has no more."""
+    """Points of each task: ``search.trials``, or all of a grid."""
     return len(first_points(spec)) if spec.search.sampler == "grid" else spec.search.trials
 
 
 def first_points(spec: SweepSpec) -> list[Point]:
     """Points that come before the sampler's own: of a grid all, else ``search.try_first``."""
-    first = grid(spec) if spec.search.sampler == "grid" else [dict(point) for point in spec.search.try_first]
-    return first[: spec.search.trials]
+    if spec.search.sampler == "grid":
+        return grid(spec)
+    return [dict(point) for point in spec.search.try_first[: spec.search.trials]]
 
 
 def grid(spec: SweepSpec) -> list[Point]:

@@ -22,7 +22,7 @@ from deft_ray.spec.catalog import (
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.messages import did_you_mean
 from deft_ray.spec.own import own_faults, own_kinds
-from deft_ray.spec.schema import AdapterSection, DeftSection, Section
+from deft_ray.spec.schema import AdapterSection, DeftSection, SearchSection, Section
 from deft_ray.spec.yaml_tree import Fault, Path, show
 
 #: Points of a grid, all of which are listed before a sweep starts.
@@ -352,6 +352,8 @@ def _grid(view: _View) -> Iterator[Fault]:
         return
     if view.get("search.try_first"):
         yield ("search", "try_first"), "means nothing to the grid sampler, which tries every point; leave it out"
+    if view.get("search.trials") not in (None, SearchSection.model_fields["trials"].default):
+        yield ("search", "trials"), "means nothing to the grid sampler, which tries every point; leave it out"
     ranges = {dotted: domain for dotted, domain in view.space.items() if domain.kind in ("uniform", "loguniform")}
     for dotted, domain in ranges.items():
         yield tuple(dotted.split(".")), f"the grid sampler takes single values (got {domain}); allowed: choice, randint"

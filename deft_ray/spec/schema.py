@@ -129,7 +129,7 @@ class TrainSection(Section):
     batch_size: Positive = 32
     micro_batch_size: Positive | None = None
     eval_batch_size: Positive = 64
-    optimizer: Literal["auto", "adamw", "paged_adamw"] = "auto"
+    optimizer: Literal["adamw", "paged_adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
     schedule: Literal["linear", "constant"] = "linear"
     warmup_share: Share = 0.06
@@ -152,7 +152,7 @@ class SearchSection(Section):
     try_first: list[dict[str, Scalar]] = []
     scheduler: Literal["none", "mo_asha"] = "none"
     first_rung: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 9
-    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    reduction_factor: Annotated[float, Field(ge=1.5)] = 3.0
     max_concurrent: Positive | None = None
 
 

@@ -45,11 +45,16 @@ class Budget:
         return None
 
     def _stalls(self, records: Sequence[Record], last: int) -> bool:
-        """Whether no task's hypervolume has grown enough in each task's last so many sampled trials."""
-        for task in self._spec.data.tasks:
+        """Whether no task's hypervolume has grown enough in its last so many sampled trials.
+
+        A task whose baseline was lost has no more trials, and nothing to say.
+        """
+        lost = {record.task for record in records if record.baseline and record.status != "complete"}
+        for task in set(self._spec.data.tasks) - lost:
             mine = [record for record in records if record.task == task]
-            baselines = sum(record.baseline for record in mine)
+            if len(mine) < sum(record.baseline for record in mine) + last:
+                return False
             history = hypervolume_history(mine, task, self._spec.constraint.max_score_drop)
-            if len(mine) < baselines + last or history[-1] - history[-1 - last] >= self._budget.stall_growth:
+            if history[-1] - history[-1 - last] >= self._budget.stall_growth:
                 return False
         return True

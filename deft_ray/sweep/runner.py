@@ -144,7 +144,7 @@ class _Sweep:
     def run(self) -> RunDir:
         reason, status = "all trials have ended", "complete"
         try:
-            self.spent = self._budget.spent(self.books.records)
+            self._check_budget()
             if self.schedule.remaining and self.spent is None:
                 self._run_trials()
             if self.schedule.remaining and self.spent is not None:
@@ -297,9 +297,13 @@ class _Sweep:
     def _next_trial(self) -> Any:
         from deft_ray.sweep.schedule import Nothing
 
-        if self.failure is None and self.spent is None:
-            self.spent = self._budget.spent(self.books.records)
+        self._check_budget()
         return self.schedule.next() if self.failure is None and self.spent is None else Nothing.MORE
+
+    def _check_budget(self) -> None:
+        """Once spent, always spent; without its baselines a sweep is worth nothing, so they run in any case."""
+        if self.spent is None and self.schedule.has_baselines:
+            self.spent = self._budget.spent(self.books.records)
 
     def _say_end(self, problems: list[str]) -> None:
         say = self.books.live.say

@@ -51,6 +51,11 @@ class Schedule:
         return [task for task in self._tasks if any(self._is_lost(task, seed) for seed in self._seeds)]
 
     @property
+    def has_baselines(self) -> bool:
+        """Whether every baseline has ended."""
+        return all(trial_id(index) in self._ended for index in range(len(self.baselines)))
+
+    @property
     def remaining(self) -> int:
         """Trials that have not ended and will still run."""
         lost = self.failed_tasks

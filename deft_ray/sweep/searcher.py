@@ -65,9 +65,9 @@ class TaskSearch:
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
             )
-        if not self._study.get_trials(deepcopy=False):
-            for point in first_points(spec):
-                self._study.enqueue_trial(dict(point))
+        known = len(self._study.get_trials(deepcopy=False))
+        for point in first_points(spec)[known:]:  # killed meanwhile, the study has the first of them; none is asked yet
+            self._study.enqueue_trial(dict(point))
 
     def point(self, number: int) -> dict[str, Scalar]:
         """Return the sampled values of a point; asks the study if it has none of this number.
@@ -80,12 +80,11 @@ class TaskSearch:
             trial = known[number]
             if trial.state.is_finished() or not self._lacks(trial.params):
                 return dict(trial.params)
-            asked = Trial(self._study, trial._trial_id)  # killed in the middle of an ask
-        else:
-            if self.spec.search.sampler == "gp" and number == len(known):
-                self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
-            asked = self._study.ask()
-            assert asked.number == number, f"asked for point {number} of {self.task}, got {asked.number}"
+            return {**self._suggest_all(self._view(known[:number]).ask()), **trial.params}  # killed while it was asked
+        if self.spec.search.sampler == "gp" and number == len(known):
+            self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
+        asked = self._study.ask()
+        assert asked.number == number, f"asked for point {number} of {self.task}, got {asked.number}"
         return self._suggest_all(asked)
 
     def _suggest_all(self, trial: Trial) -> dict[str, Scalar]:
@@ -96,15 +95,15 @@ class TaskSearch:
         return {dotted: values[dotted] for dotted in self.spec.space if dotted in values}
 
     def _view(self, known: Sequence[FrozenTrial]) -> optuna.Study:
-        """The study as a Gaussian process has to see it: it looks at values alone, so diverged points get the worst.
+        """A copy of the study's trials; for a Gaussian process diverged points have the worst values in it.
 
-        Otherwise it would take what it never saw for good, and ask for it again and again.
+        It looks at values alone: what it never saw it would take for good, and ask for it again and again.
         """
         view = optuna.create_study(directions=self._study.directions, sampler=self._study.sampler)
         measured = [trial.values for trial in known if trial.state == TrialState.COMPLETE]
         worst = [min((score for score, _ in measured), default=-1.0), max((d for _, d in measured), default=1.0)]
         for trial in known:
-            diverged = trial.user_attrs.get("ending") == Ending.DIVERGED
+            diverged = self.spec.search.sampler == "gp" and trial.user_attrs.get("ending") == Ending.DIVERGED
             view.add_trial(
                 optuna.trial.create_trial(
                     state=TrialState.COMPLETE if diverged else trial.state,

@@ -156,10 +156,10 @@ class BookKeeper(_StaysHere, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial without a last row was stopped by the scheduler: free its slot."""
         rows, now = self._rows.get(trial.config["trial"], {}), time.time()
-        began = min((row["time"] for row in rows.values()), default=now)
-        step = max((row["step"] for row in rows.values()), default=0)
+        judged = [row for row in rows.values() if row.get("rung") is not None]
+        began, step = (judged[-1]["started_at"], judged[-1]["step"]) if judged else (now, 0)
         last = {"kind": "end", "status": "pruned", "cause": f"stopped by the scheduler after step {step}"}
-        self._end(trial, {**last, "started_at": began, "ended_at": now, "wall_s": now - began})
+        self._end(trial, {**last, "ended_at": now, "wall_s": now - began})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The Tune trial itself broke, beyond Tune's retries."""

@@ -40,7 +40,7 @@ def connect(tracking_uri: str) -> Any:
 
         for noisy in ("alembic", "mlflow"):  # after the import, which sets a level of its own
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        if tracking_uri.startswith(_SQLITE):
+        if tracking_uri.startswith(_SQLITE) and "?" not in tracking_uri:
             _create_database(Path(tracking_uri.removeprefix(_SQLITE)), MlflowClient)
         return MlflowClient(tracking_uri=tracking_uri)
 

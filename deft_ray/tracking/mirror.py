@@ -30,6 +30,9 @@ _PARAM_LENGTH = 6000
 _TAG_LENGTH = 5000
 _KEY_LENGTH = 250
 
+_NO_METRICS = ("step", "time", "steps", "rung", "started_at")
+"""Numbers of a row that are no measurements."""
+
 _RUN_STATUS = {
     "complete": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "pruned": "KILLED", "stopped": "KILLED"
 }  # fmt: skip
@@ -322,7 +325,7 @@ def _metrics(
     values: dict[tuple[str, int], tuple[str, float, int, int]] = {}
     for row in rows:
         step, stamp = int(row["step"]), _ms(float(row["time"]))
-        for name, value in _numbers(row, leave_out=("step", "time")):
+        for name, value in _numbers(row, leave_out=_NO_METRICS):
             values[name, step] = (name, value, stamp, step)
     for name, value in _numbers(_final(record, compared)):
         values[name, last] = (name, value, _ms(record.ended_at), last)

@@ -63,7 +63,7 @@ def build_engine(
     weight_decay: float,
     max_grad_norm: float,
     zero_stage: int,
-    paged: bool,
+    paged: bool = False,
 ) -> Any:
     """Build a DeepSpeed engine with AdamW; needs an initialised process group.
 
@@ -139,7 +139,8 @@ def build_optimizer(
         learning_rate: First learning rate.
         weight_decay: AdamW's; 0 for layer scales.
         paged: bitsandbytes' AdamW with 32-bit moments, which a GPU short of memory moves to the host's (QLoRA, Dettmers
-            et al., arXiv:2305.14314). On a CPU the same without paging.
+            et al., arXiv:2305.14314): those of 100,000 parameters and more. bitsandbytes never gives that memory back,
+            so each trial of a host keeps its share. On a CPU the same without paging.
     """
     groups: list[dict[str, Any]] = [{"params": list(module.trainable), "weight_decay": weight_decay, "rate_share": 1.0}]
     if module.scales:

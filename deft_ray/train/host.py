@@ -163,7 +163,8 @@ class _Run:
         self.clock = _Clock()
         self.evaluated: dict[str, Any] = {}
         self.rungs = rung_steps(self.slot.steps, trial.rungs)
-        self.rung: int | None = None
+        self.judged: dict[str, Any] | None = None
+        """The row of the last rung."""
 
     def to_end(self) -> None:
         self._resume()
@@ -188,9 +189,11 @@ class _Run:
         if latest is not None:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
-            self.evaluated, self.rung = latest["evaluated"], latest["rung"]
-            if self.rung is not None:  # whoever judged it there may have been killed before he could act
-                self._send("eval", **self.evaluated, rung=self.rung)
+            self.evaluated, self.judged = latest["evaluated"], latest["judged"]
+            if (
+                self.ranks.leads and self.judged is not None
+            ):  # whoever judged it may have been killed before he could act
+                self.inbox.send(self.judged)
 
     def _step(self, measure: bool) -> bool:
         """Train one step; True if the trial is to stop. Raises FloatingPointError on every rank if one diverged."""
@@ -220,12 +223,15 @@ class _Run:
         began = time.monotonic()
         self.evaluated = self.slot.evaluate().row()
         self.clock.eval_s += time.monotonic() - began
-        self.rung = self.rungs.get(self.slot.done)
-        self._send("eval", **self.evaluated, **({} if self.rung is None else {"rung": self.rung}))
+        rung = self.rungs.get(self.slot.done)
+        if rung is None:
+            self._send("eval", **self.evaluated)
+        else:  # it may be the trial's last row, so it has all that a record asks for
+            self.judged = self._send("eval", **self.evaluated, **self._facts(), rung=rung)
 
     def _save(self) -> None:
         began = time.monotonic()
-        meta = {"clock": vars(self.clock), "evaluated": self.evaluated, "rung": self.rung}
+        meta = {"clock": vars(self.clock), "evaluated": self.evaluated, "judged": self.judged}
         self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
         self.clock.save_s += time.monotonic() - began
 
@@ -243,38 +249,40 @@ class _Run:
                     status,
                     self.started,
                     **self.evaluated,
+                    **self._facts(),
                     adapter=adapter,
-                    steps=self.slot.done,
-                    dtype=self.host.base.dtype,
-                    activation=self.slot.activation,
-                    approximation=self.slot.kind,
-                    warning=self.slot.warning,
                     lambda_layers=lambdas,
-                    trainable_share=self.slot.trainable_share,
                     peak_memory_gib=peak,
-                    times=vars(self.clock),
-                    host=self.host.name,
                 )
             )
         self.ranks.barrier()
 
-    def _send(self, kind: str, **fields: Any) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """Fields of a record that are known at any step."""
+        return {
+            "steps": self.slot.done,
+            "dtype": self.host.base.dtype,
+            "activation": self.slot.activation,
+            "approximation": self.slot.kind,
+            "warning": self.slot.warning,
+            "trainable_share": self.slot.trainable_share,
+            "times": dict(vars(self.clock)),
+            "host": self.host.name,
+            "versions": versions(),
+            "started_at": self.started,
+        }
+
+    def _send(self, kind: str, **fields: Any) -> dict[str, Any]:
+        row = {"kind": kind, "step": self.slot.done, "time": time.time(), **fields}
         if self.ranks.leads:
-            self.inbox.send({"kind": kind, "step": self.slot.done, "time": time.time(), **fields})
+            self.inbox.send(row)
+        return row
 
 
 def _end_row(status: str, started: float, **fields: Any) -> dict[str, Any]:
     now = time.time()
-    return {
-        "kind": "end",
-        "time": now,
-        "status": status,
-        "started_at": started,
-        "ended_at": now,
-        "wall_s": now - started,
-        "versions": versions(),
-        **fields,
-    }
+    times = {"started_at": started, "ended_at": now, "wall_s": now - started}
+    return {"kind": "end", "time": now, "status": status, "versions": versions(), **times, **fields}
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

@@ -114,7 +114,7 @@ class Slot:
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
             zero_stage=train.zero_stage,
-            paged=is_paged(self.trial, self.ranks.device),
+            paged=train.optimizer == "paged_adamw",
         )
         undo.callback(self.engine.destroy)
 
@@ -295,13 +295,6 @@ def split_batch(trial: TrialSpec, world: int) -> tuple[int, int]:
     per_worker = trial.train.batch_size // world
     micro = min(trial.train.micro_batch_size or per_worker, per_worker)
     return micro, per_worker // micro
-
-
-def is_paged(trial: TrialSpec, device: torch.device) -> bool:
-    """Whether a trial's AdamW is paged: where the spec says so, or leaves it open and the base is NF4 on a GPU."""
-    if trial.train.optimizer == "auto":
-        return trial.model.quantization == "nf4" and device.type == "cuda"
-    return trial.train.optimizer == "paged_adamw"
 
 
 def approximation_kind(deft: DeftSection, never_negative: bool) -> str:

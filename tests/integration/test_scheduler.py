@@ -41,7 +41,9 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
         assert (record["steps"], record["score"], record["density"]) == (last["step"], last["score"], last["density"])
         assert record["steps"] in (2, 6)
         assert record["cause"] == f"stopped by the scheduler after step {record['steps']}"
-        assert record["wall_s"] > 0
+        assert record["wall_s"] > record["times"]["train_s"] + record["times"]["eval_s"] > 0
+        assert (record["activation"], record["host"]) == (found[0]["activation"], found[0]["host"])
+        assert record["versions"] == found[0]["versions"]
     saved = sum(18 - record["steps"] for record in pruned)
     assert (
         f"{len(pruned)} trials pruned: {8 * 18 - saved} steps trained, {saved} (" in (whole / "report.md").read_text()

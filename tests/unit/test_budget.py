@@ -71,6 +71,13 @@ def test_a_front_that_no_longer_grows() -> None:
     assert budget.spent([base, *falling, *failed]) == why, "nor do failures make it grow"
 
 
+def test_a_task_without_a_baseline_does_not_keep_the_sweep_going() -> None:
+    budget = make_budget(("nano-sentiment", "nano-question"), stall_trials=2, stall_growth=0.05)
+    flat = [ended(0.9, n, baseline=n == 0) for n in range(4)]
+    lost = ended(0.9, 9, "nano-question", baseline=True, status="failed", score=None)
+    assert budget.spent([*flat, lost]) == "no hypervolume has grown by 0.05 in the last 2 trials"
+
+
 def test_a_task_that_still_grows_keeps_the_sweep_going() -> None:
     budget = make_budget(("nano-sentiment", "nano-question"), stall_trials=2, stall_growth=0.05)
     one = [ended(0.9, 0, baseline=True), *(ended(0.9, n) for n in (1, 2, 3))]

@@ -535,9 +535,10 @@ def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str,
 
 def test_a_grid_is_of_single_values_all_of_which_are_tried() -> None:
     deft = {"alpha": {"loguniform": [0.1, 1.0]}, "epsilon": {"choice": [1e-5, 1e-3]}}
-    search = {"sampler": "grid", "try_first": [{"deft.alpha": 0.5}]}
+    search = {"sampler": "grid", "try_first": [{"deft.alpha": 0.5}], "trials": 5}
     assert faults_of(deft=deft, search=search) == [
         (("search", "try_first"), "means nothing to the grid sampler, which tries every point; leave it out"),
+        (("search", "trials"), "means nothing to the grid sampler, which tries every point; leave it out"),
         (("deft", "alpha"), "the grid sampler takes single values (got loguniform 0.1, 1); allowed: choice, randint"),
     ]
     deft["alpha"] = {"choice": [0.1, 1.0]}

@@ -108,27 +108,62 @@ def test_a_point_lacks_no_leaf_that_it_reads() -> None:
         resolve_trial(spec, "t", TASK, 0, {"deft.approximation": "l1", "deft.alpha": 1.0})
 
 
-def test_an_ask_that_was_cut_short_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = make_spec()
-    whole = TaskSearch(spec, TASK, tmp_path / "whole").point(0)
-    suggest, calls = optuna.Trial.suggest_float, []
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+@pytest.mark.parametrize("told_before", [0, 7])
+def test_an_ask_that_was_cut_short_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, told_before: int
+) -> None:
+    """Killed between the first leaf that was stored and the second."""
+    deft = {"alpha": {"loguniform": [0.1, 10.0]}, "epsilon": {"loguniform": [1e-7, 1e-2]}}
+    spec = make_spec(deft, sampler=sampler)
 
-    def dies(trial: optuna.Trial, *args: Any, **options: Any) -> float:
-        calls.append(args)
+    def begun(folder: Path) -> TaskSearch:
+        search = TaskSearch(spec, TASK, folder)
+        for number in range(told_before):
+            alpha = float(search.point(number)["deft.alpha"])
+            search.tell(number, [record(score=1 - alpha / 20, density=1 / (1 + alpha))], [BASELINE])
+        return search
+
+    whole = begun(tmp_path / "whole").point(told_before)
+    cut = begun(tmp_path / "cut")
+    suggest, calls = optuna.Trial.suggest_float, list[str]()
+
+    def dies(trial: optuna.Trial, name: str, *args: Any, **options: Any) -> float:
+        calls.append(name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return suggest(trial, *args, **options)
+        return suggest(trial, name, *args, **options)
 
-    search = TaskSearch(spec, TASK, tmp_path / "cut")
     monkeypatch.setattr(optuna.Trial, "suggest_float", dies)
     with pytest.raises(KeyboardInterrupt):
-        search.point(0)
+        cut.point(told_before)
     monkeypatch.undo()
     again = TaskSearch(spec, TASK, tmp_path / "cut")
 
-    assert again.point(0).keys() == whole.keys()
-    assert again.point(0) == TaskSearch(spec, TASK, tmp_path / "cut").point(0)
-    assert again.point(1) == whole or len(told(tmp_path / "cut")) == 2
+    assert again.point(told_before) == whole
+    again.tell(told_before, [record()], [BASELINE])
+    assert again.point(told_before + 1).keys() == whole.keys()
+
+
+def test_points_that_were_not_all_noted_down_are_noted_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec({"alpha": {"choice": [0.1, 0.2, 0.3, 0.4, 0.5]}}, sampler="grid", trials=8)
+    enqueue, calls = optuna.Study.enqueue_trial, list[Any]()
+
+    def dies(study: optuna.Study, params: dict[str, Any]) -> None:
+        calls.append(params)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        enqueue(study, params)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", dies)
+    with pytest.raises(KeyboardInterrupt):
+        TaskSearch(spec, TASK, tmp_path)
+    monkeypatch.undo()
+    again = TaskSearch(spec, TASK, tmp_path)
+
+    assert [again.point(number)["deft.alpha"] for number in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 def test_a_grid_is_every_combination_that_is_read_once(tmp_path: Path) -> None:
@@ -137,7 +172,7 @@ def test_a_grid_is_every_combination_that_is_read_once(tmp_path: Path) -> None:
         "epsilon": {"choice": [1e-5, 1e-3]},
         "alpha": {"choice": [0.5, 1.0, 2.0]},
     }
-    spec = make_spec(deft, sampler="grid", trials=100)
+    spec = make_spec(deft, sampler="grid", trials=8)
     assert build_plan(spec, "out", Machine(1, 0)).trials == 1 + 9
     assert Schedule(spec, tmp_path / "all", []).remaining == 1 + 9
     points = grid(spec)
@@ -220,7 +255,6 @@ def test_the_sampler_keeps_away_from_what_breaks_the_limit(tmp_path: Path, sampl
                 result = record(score=0.9 if alpha <= 1 else 0.7, density=1.0 / (1.0 + alpha))
             search.tell(number, [result], [BASELINE])
         late += asked[count // 2 :]
-    print(sum(alpha > 5 for alpha in late) / len(late), sum(0.2 < alpha <= 1 for alpha in late) / len(late))
 
     assert sum(alpha > 5 for alpha in late) / len(late) < 0.2, "three fifths of what chance would ask for"
     assert sum(0.2 < alpha <= 1 for alpha in late) / len(late) > 0.35, "twice what chance would ask for"

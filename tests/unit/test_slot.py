@@ -14,7 +14,7 @@ from torch import Tensor
 from deft_ray.models.base import load_base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.ranks import Ranks
-from deft_ray.train.slot import Slot, is_paged, planned_steps, split_batch
+from deft_ray.train.slot import Slot, planned_steps, split_batch
 from tests.plain_peft import train_plain
 from tests.slots import (
     EPSILON,
@@ -167,17 +167,6 @@ def test_the_paged_optimizer_is_adamw(trial: Trial, open_slot: Any, stage: int) 
     assert worst(adapters[1], adapters[0]) < 1e-3
     assert lambdas[1] == pytest.approx(lambdas[0], abs=1e-4)
     assert any(abs(value - 0.8) > 0.05 for value in lambdas[0].values())
-
-
-def test_nf4_on_a_gpu_pages_unless_told_otherwise(trial: Trial) -> None:
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-
-    def paged(optimizer: str, quantization: str, device: torch.device) -> bool:
-        return is_paged(trial("t5", train__optimizer=optimizer, model__quantization=quantization), device)
-
-    assert paged("auto", "nf4", gpu)
-    assert not any((paged("auto", "nf4", cpu), paged("auto", "none", gpu), paged("adamw", "nf4", gpu)))
-    assert paged("paged_adamw", "none", cpu)
 
 
 def test_the_density_loss_falls_where_it_is_asked_to(trial: Trial, open_slot: Any) -> None:
