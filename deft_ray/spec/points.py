@@ -14,7 +14,7 @@ Point = dict[str, Scalar]
 
 def count_points(spec: SweepSpec) -> int:
     """Points of each task: ``search.trials``, or all of a grid."""
-    return len(first_points(spec)) if spec.search.sampler == "grid" else spec.search.trials
+    return len(grid(spec)) if spec.search.sampler == "grid" else spec.search.trials
 
 
 def first_points(spec: SweepSpec) -> list[Point]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import moocore
@@ -95,7 +95,7 @@ class Rungs:
             others = [a for a in self._arrivals.values() if (a.task, a.rung, a.baseline) == (task, rung, False)]
             place = order([*others, mine]).index(len(others))
             kept = max(1, int((len(others) + 1) / self._factor))
-            mine = Arrival(**{**asdict(mine), "goes_on": place < kept})
+            mine = replace(mine, goes_on=place < kept)
         self._write(mine)
         self._arrivals[trial, rung] = mine
         return mine.goes_on

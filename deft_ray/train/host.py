@@ -190,10 +190,8 @@ class _Run:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
             self.evaluated, self.judged = latest["evaluated"], latest["judged"]
-            if (
-                self.ranks.leads and self.judged is not None
-            ):  # whoever judged it may have been killed before he could act
-                self.inbox.send(self.judged)
+            if self.ranks.leads and self.judged is not None:
+                self.inbox.send(self.judged)  # whoever judged it may have been killed before he could act
 
     def _step(self, measure: bool) -> bool:
         """Train one step; True if the trial is to stop. Raises FloatingPointError on every rank if one diverged."""
