@@ -40,6 +40,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/orchestration.py search.trials=14
 	$(BIN)/python benchmarks/density_loss.py
+	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/support.py
 
 $(INSTALLED): pyproject.toml constraints.txt
