@@ -22,6 +22,15 @@ class Metric:
     meaning: str
 
 
+def tau_key(tau: float) -> str:
+    """Write a threshold as it stands in records, MLflow and objectives.
+
+    >>> tau_key(0.10), tau_key(1e-5)
+    ('0.1', '1e-05')
+    """
+    return f"{tau:g}"
+
+
 METRICS: tuple[Metric, ...] = (
     Metric("score", "fraction", "up", "the task's own metric on the validation split"),
     Metric("density", "fraction", "down", "non-zero MLP activations over all, real tokens, exact zeros"),

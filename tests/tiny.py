@@ -39,6 +39,7 @@ from deft_ray.spec.schema import (
     AdapterSection,
     DataSection,
     DeftSection,
+    DialSection,
     ModelSection,
     TrainSection,
     TrialSpec,
@@ -276,9 +277,14 @@ def tiny_trial(model: Path, family: str, data: Path | None, task: str, **leaves:
         "data": {"tasks": [task], "dir": None if data is None else str(data), "grouping": "none"},
         "adapter": {"r": 4, "lora_alpha": 8.0},
         "deft": {"alpha": 0.0},
+        "dial": {},
         "train": {"steps": 4, "batch_size": 6, "eval_batch_size": 5, "learning_rate": 0.01},
     }
-    fixed = {"trial": "t0000", "seed": 0, **{key: leaves.pop(key) for key in ("trial", "seed") if key in leaves}}
+    fixed = {
+        "trial": "t0000",
+        "seed": 0,
+        **{key: leaves.pop(key) for key in ("trial", "seed", "rungs", "judged_at") if key in leaves},
+    }
     for leaf, value in leaves.items():
         section, key = leaf.split("__")
         sections[section][key] = value
@@ -290,6 +296,7 @@ def tiny_trial(model: Path, family: str, data: Path | None, task: str, **leaves:
         data=DataSection(**sections["data"]),
         adapter=AdapterSection(**sections["adapter"]),
         deft=DeftSection(**sections["deft"]),
+        dial=DialSection(**sections["dial"]),
         train=TrainSection(**sections["train"]),
     )
 

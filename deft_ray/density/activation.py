@@ -102,11 +102,14 @@ class MlpActivation(nn.Module):
         stock: The module it stands in for.
         fused: See :func:`formula_of`.
         observe: Told of each activation.
+
+    Attributes:
+        tau: Activations of at most this magnitude become zero; 0 in training. In the activation's dtype.
     """
 
     def __init__(self, stock: nn.Module, *, fused: bool, observe: Observe) -> None:
         super().__init__()
-        self.stock, self.observe = stock, observe
+        self.stock, self.observe, self.tau = stock, observe, 0.0
         self.formula = formula_of(stock, fused=fused)
         self.name = "GELUTanh" if fused and self.formula is TANH_GELU else type(stock).__name__
 
@@ -114,16 +117,17 @@ class MlpActivation(nn.Module):
     def forward(self, pre_BTF: Tensor) -> Tensor:
         """Return the activation of ``pre_BTF``."""
         if self.formula is None:
-            kept_BTF: Tensor = self.stock(pre_BTF)
+            kept_BTF = self._cut(self.stock(pre_BTF))
             injection = self.observe(kept_BTF)
             if injection is None or not kept_BTF.requires_grad:
                 return kept_BTF
             after: Tensor = _InjectAfter.apply(kept_BTF, injection)
             return after
         if _needs_gradient(pre_BTF):
+            assert self.tau == 0.0, "a threshold is for evaluation"
             inside: Tensor = _Activate.apply(pre_BTF, self.observe, self.formula)
             return inside
-        act_BTF = self.formula.forward(pre_BTF)
+        act_BTF = self._cut(self.formula.forward(pre_BTF))
         self.observe(act_BTF)
         return act_BTF
 
@@ -135,11 +139,15 @@ class MlpActivation(nn.Module):
         """
         assert self.formula is not None
         if _needs_gradient(pre_BTF, linear_BTF):
+            assert self.tau == 0.0, "a threshold is for evaluation"
             product: Tensor = _Gate.apply(pre_BTF, linear_BTF, self.observe, self.formula)
             return product
-        act_BTF = self.formula.forward(pre_BTF)
+        act_BTF = self._cut(self.formula.forward(pre_BTF))
         self.observe(act_BTF)
         return act_BTF * linear_BTF
+
+    def _cut(self, act_BTF: Tensor) -> Tensor:
+        return act_BTF if self.tau == 0.0 else functional.hardshrink(act_BTF, self.tau)
 
 
 def _needs_gradient(*inputs: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deft_ray.density.chunks import chunks
+from deft_ray.metrics import tau_key
 
 #: Thresholds at which |a| > τ is counted beside the exact zeros.
 TAUS = (0.001, 0.01, 0.1)
@@ -100,7 +101,7 @@ class DensityCounts:
 
     def density_at_tau(self) -> dict[str, float]:
         """Fraction of |a| > τ over real tokens, by τ."""
-        ratios = {f"{tau:g}": self._ratio(4 + index, 1, None) for index, tau in enumerate(TAUS)}
+        ratios = {tau_key(tau): self._ratio(4 + index, 1, None) for index, tau in enumerate(TAUS)}
         return {tau: ratio for tau, ratio in ratios.items() if ratio is not None}
 
     def density_layers(self) -> dict[str, float]:

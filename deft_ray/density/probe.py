@@ -78,6 +78,7 @@ class DensityProbe:
         self._counting: tuple[Counter, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
         self._penalty: Penalty | None = None
         self._undo: list[Callable[[], None]] = []
+        self._activations: list[MlpActivation] = []
         self.activation = ""
         for index, site in enumerate(sites):
             self._install(index, site, fused)
@@ -88,6 +89,7 @@ class DensityProbe:
             site.block.training
         )
         site.put(activation)
+        self._activations.append(activation)
         self.activation = activation.name
         self._undo.append(partial(site.put, stock))
         if fused and site.gate is not None and activation.formula is not None:
@@ -114,6 +116,20 @@ class DensityProbe:
             yield
         finally:
             self._counting = None
+
+    @contextmanager
+    def thresholding(self, tau: float) -> Iterator[None]:
+        """Set activations with |a| ≤ τ to zero inside, in every block; what is counted there is what is left.
+
+        For evaluation: inside, no pass may need a gradient.
+        """
+        for activation in self._activations:
+            activation.tau = tau
+        try:
+            yield
+        finally:
+            for activation in self._activations:
+                activation.tau = 0.0
 
     @contextmanager
     def penalising(self, penalty: Penalty) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Mark:
         score: Vertical place.
         role: ``front``, ``dominated``, ``infeasible`` or ``baseline``.
         on_front: Whether it stands on the front; a baseline can.
+        tau: Its threshold; 0 where density is of exact zeros.
         detail: What a reader sees when pointing at it: (name, value) pairs.
     """
 
@@ -46,6 +47,7 @@ class Mark:
     score: float
     role: str
     on_front: bool
+    tau: float = 0.0
     detail: tuple[tuple[str, str], ...] = ()
 
 
@@ -61,6 +63,8 @@ class FrontFigure:
         caption: Counts of what is drawn and of what is not.
         marks: Measured trials in record order.
         stairs: Corners (density, score) of the line that separates what the front dominates, from low density to high.
+        exact_stairs: The same of exact zeros alone, where there are thresholded points beside them.
+        rival_stairs: The same of the baseline with thresholds, where it has some.
         score_limit: Lowest admissible score, where there is a limit and exactly one baseline to apply it to.
         table: Header and rows of the CSV.
     """
@@ -72,6 +76,8 @@ class FrontFigure:
     caption: str
     marks: tuple[Mark, ...]
     stairs: tuple[tuple[float, float], ...]
+    exact_stairs: tuple[tuple[float, float], ...]
+    rival_stairs: tuple[tuple[float, float], ...]
     score_limit: float | None
     table: tuple[tuple[Any, ...], ...]
 
@@ -95,6 +101,7 @@ def front_figure_data(
     own = [record for record in records if record.task == task]
     found = points(own, max_score_drop)
     shown = [point for point in found if point.status == "complete" and point.measured]
+    dialled = any(point.tau for point in shown)
     settings = varying(found) or [name for name in (own[0].config if own else {}) if name.startswith("deft.")]
     return FrontFigure(
         task=task,
@@ -104,6 +111,8 @@ def front_figure_data(
         caption=_caption(found, max_score_drop),
         marks=tuple(_mark(point, settings) for point in shown),
         stairs=_stairs(front(shown)),
+        exact_stairs=_stairs(front(point for point in shown if not point.tau)) if dialled else (),
+        rival_stairs=_stairs(front(point for point in shown if point.baseline)) if dialled else (),
         score_limit=_score_limit(shown, max_score_drop),
         table=_table(shown, settings),
     )
@@ -145,7 +154,7 @@ def draw_png(figure: FrontFigure, path: Path) -> Path:
     _draw_frame(canvas, axes, figure)
     if figure.marks:
         _draw_front(axes, figure)
-        _draw_marks(axes, figure.marks)
+        _draw_marks(axes, figure)
         _draw_legend(canvas, axes)
         _draw_names(canvas, axes, figure.marks)
     else:
@@ -175,13 +184,16 @@ def _model_name(record: Record) -> str:
 
 def _caption(found: Sequence[Point], max_score_drop: float | None) -> str:
     shown = [point for point in found if point.status == "complete" and point.measured]
-    parts = [f"{len(shown)} of {len(found)} trials drawn, {sum(p.on_front for p in shown)} on the front"]
+    trained, exact = (sum(not point.tau for point in some) for some in (found, shown))
+    parts = [f"{exact} of {trained} trials drawn", f"{sum(p.on_front for p in shown)} on the front"]
+    if exact < len(shown):
+        parts[0] += f": {exact} points of exact zeros, {len(shown) - exact} thresholded"
     if max_score_drop is not None:
         infeasible = sum(not p.feasible for p in shown)
         parts.append(f"{infeasible} infeasible (score drop above {max_score_drop:g})")
     parts += _missing(found)
     text = ", ".join(parts) + f". Hypervolume {hypervolume(shown):.4f}."
-    if found and not any(point.baseline for point in shown):
+    if found and not any(point.reference for point in shown):
         text += " No usable baseline" + ("." if max_score_drop is None else ": the score limit is not applied.")
     return text
 
@@ -194,7 +206,7 @@ def _missing(found: Sequence[Point]) -> list[str]:
 
 
 def _role(point: Point) -> str:
-    if point.baseline:
+    if point.reference:
         return BASELINE
     if not point.feasible:
         return INFEASIBLE
@@ -204,14 +216,17 @@ def _role(point: Point) -> str:
 def _mark(point: Point, settings: Sequence[str]) -> Mark:
     assert point.density is not None
     assert point.score is not None
-    detail = [("trial", point.trial), ("seed", str(point.seed)), ("score", f"{point.score:.4f}")]
+    detail = [("trial", point.trial + " (baseline)" * (point.baseline and point.tau > 0.0)), ("seed", str(point.seed))]
+    detail += [("threshold τ", f"{point.tau:g}")] if point.tau else []
+    detail.append(("score", f"{point.score:.4f}"))
     detail.append(("density", f"{point.density:.4f}"))
     if point.score_drop is not None:
         detail.append(("score drop", f"{point.score_drop:+.4f}"))
     if point.density_change is not None:
         detail.append(("density change", f"{100 * point.density_change:+.1f} %"))
     detail += [(name, short(point.config.get(name))) for name in settings[:_HOVER_SETTINGS]]
-    return Mark(point.trial, point.seed, point.density, point.score, _role(point), point.on_front, tuple(detail))
+    shape = (point.trial, point.seed, point.density, point.score, _role(point), point.on_front, point.tau)
+    return Mark(*shape, tuple(detail))
 
 
 def short(value: Any) -> str:
@@ -235,12 +250,12 @@ def _stairs(chosen: Sequence[Point]) -> tuple[tuple[float, float], ...]:
 
 
 def _score_limit(shown: Sequence[Point], max_score_drop: float | None) -> float | None:
-    baselines = [point.score for point in shown if point.baseline and point.score is not None]
+    baselines = [point.score for point in shown if point.reference and point.score is not None]
     return baselines[0] - max_score_drop if max_score_drop is not None and len(baselines) == 1 else None
 
 
 def _table(shown: Sequence[Point], settings: Sequence[str]) -> tuple[tuple[Any, ...], ...]:
-    fixed = ("task", "trial", "seed", "density", "score", "density_change", "score_drop", "on_front")
+    fixed = ("task", "trial", "seed", "density", "score", "density_change", "score_drop", "tau", "on_front")
     header = (*fixed, "role", *settings)
     rows = [
         (*(getattr(point, name) for name in fixed), _role(point), *(point.config.get(name) for name in settings))
@@ -260,6 +275,22 @@ _LEGEND = {
     BASELINE: "baseline (α = 0)",
 }
 
+_LINES = {"exact_stairs": "front of exact zeros", "rival_stairs": "baseline with thresholds"}
+
+
+def _legend(role: str, dialled: bool) -> str:
+    """Exact zeros and thresholded density are different things: told apart by shape, and named."""
+    return f"{_LEGEND[role]}, thresholded" if dialled else _LEGEND[role]
+
+
+def _groups(figure: FrontFigure, roles: Iterable[str]) -> Iterator[tuple[str, bool, list[Mark]]]:
+    """Marks by role and by whether they are thresholded."""
+    for role in roles:
+        for dialled in (False, True):
+            marks = [mark for mark in figure.marks if (mark.role, mark.tau > 0.0) == (role, dialled)]
+            if marks:
+                yield role, dialled, marks
+
 
 def _ranges(figure: FrontFigure) -> _Ranges:
     """Horizontal and vertical range with room around the marks; the unit square without any."""
@@ -276,10 +307,10 @@ def _padded(values: Sequence[float], extra: float | None = None) -> tuple[float,
     return low - pad, high + pad
 
 
-def _outline(figure: FrontFigure, ranges: _Ranges) -> tuple[list[float], list[float]]:
+def _outline(stairs: Sequence[tuple[float, float]], ranges: _Ranges) -> tuple[list[float], list[float]]:
     """The stairs continued to the lower and the right edge: the border of all that the front dominates."""
     (_, right), (bottom, _) = ranges
-    corners = [(figure.stairs[0][0], bottom), *figure.stairs, (right, figure.stairs[-1][1])]
+    corners = [(stairs[0][0], bottom), *stairs, (right, stairs[-1][1])]
     return [x for x, _ in corners], [y for _, y in corners]
 
 
@@ -289,16 +320,15 @@ def _outline(figure: FrontFigure, ranges: _Ranges) -> tuple[list[float], list[fl
 def _traces(figure: FrontFigure, ranges: _Ranges) -> list[dict[str, Any]]:
     traces = []
     if figure.stairs:
-        x, y = _outline(figure, ranges)
+        x, y = _outline(figure.stairs, ranges)
         traces.append(_line_trace("front", x, y, {"color": _BLUE, "width": 2}, in_legend=False))
+    for name, colour in (("exact_stairs", _BLUE), ("rival_stairs", _VERMILION)):
+        if stairs := getattr(figure, name):
+            traces.append(_line_trace(_LINES[name], *_outline(stairs, ranges), {"color": colour, "dash": "dash"}))
     if figure.score_limit is not None:
         x, y = list(ranges[0]), [figure.score_limit] * 2
         traces.append(_line_trace("score limit", x, y, {"color": _DARK, "width": 1, "dash": "dot"}))
-    for role in (DOMINATED, INFEASIBLE, FRONT, BASELINE):
-        marks = [mark for mark in figure.marks if mark.role == role]
-        if marks:
-            traces.append(_mark_trace(role, marks))
-    return traces
+    return traces + [_mark_trace(*group) for group in _groups(figure, (DOMINATED, INFEASIBLE, FRONT, BASELINE))]
 
 
 def _line_trace(
@@ -307,13 +337,14 @@ def _line_trace(
     return {"name": name, "x": x, "y": y, "mode": "lines", "line": line, "hoverinfo": "skip", "showlegend": in_legend}
 
 
-def _mark_trace(role: str, marks: Sequence[Mark]) -> dict[str, Any]:
+def _mark_trace(role: str, dialled: bool, marks: Sequence[Mark]) -> dict[str, Any]:
     styles: dict[str, dict[str, Any]] = {
         FRONT: {"symbol": "circle", "size": 10, "color": _BLUE},
         DOMINATED: {"symbol": "circle", "size": 8, "color": _GREY, "opacity": 0.7},
         INFEASIBLE: {"symbol": "circle-open", "size": 9, "color": _GREY, "line": {"width": 1.5}},
         BASELINE: {"symbol": "star", "size": 16, "color": _VERMILION, "line": {"width": 1, "color": _DARK}},
     }
+    marker = {**styles[role], **({"symbol": styles[role]["symbol"].replace("circle", "diamond")} if dialled else {})}
     lone = role == BASELINE and len(marks) == 1
     return {
         "x": [mark.density for mark in marks],
@@ -321,8 +352,8 @@ def _mark_trace(role: str, marks: Sequence[Mark]) -> dict[str, Any]:
         "mode": "markers+text" if lone else "markers",
         "text": ["baseline"] if lone else None,
         "textposition": "bottom center",
-        "marker": styles[role],
-        "name": _LEGEND[role],
+        "marker": marker,
+        "name": _legend(role, dialled),
         "hovertext": [_hover(mark) for mark in marks],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }
@@ -330,7 +361,7 @@ def _mark_trace(role: str, marks: Sequence[Mark]) -> dict[str, Any]:
 
 def _hover(mark: Mark) -> str:
     lines = [f"{html.escape(name)}: <b>{html.escape(value)}</b>" for name, value in mark.detail]
-    return "<br>".join([f"<i>{html.escape(_LEGEND[mark.role])}</i>", *lines])
+    return "<br>".join([f"<i>{html.escape(_legend(mark.role, mark.tau > 0.0))}</i>", *lines])
 
 
 def _layout(figure: FrontFigure, ranges: _Ranges) -> dict[str, Any]:
@@ -374,30 +405,34 @@ def _wrapped(text: str, width: int, lines: int) -> str:
 def _draw_front(axes: Any, figure: FrontFigure) -> None:
     ranges = _ranges(figure)
     if figure.stairs:
-        x, y = _outline(figure, ranges)
+        x, y = _outline(figure.stairs, ranges)
         axes.plot(x, y, color=_BLUE, linewidth=1.8, zorder=2)
         axes.fill_between(x, y, ranges[1][0], color=_BLUE, alpha=0.06, linewidth=0, zorder=1)
+    for name, colour in (("exact_stairs", _BLUE), ("rival_stairs", _VERMILION)):
+        if stairs := getattr(figure, name):
+            x, y = _outline(stairs, ranges)
+            axes.plot(x, y, color=colour, linewidth=1.1, linestyle="--", zorder=1.8, label=_LINES[name])
     if figure.score_limit is not None:
         axes.axhline(figure.score_limit, color=_DARK, linewidth=1, linestyle=":", zorder=1.5, label="score limit")
 
 
-def _draw_marks(axes: Any, marks: Sequence[Mark]) -> None:
+def _draw_marks(axes: Any, figure: FrontFigure) -> None:
     styles: dict[str, dict[str, Any]] = {
         DOMINATED: {"s": 30, "color": _GREY, "alpha": 0.7, "linewidths": 0, "zorder": 3},
         INFEASIBLE: {"s": 34, "facecolors": "none", "edgecolors": _GREY, "linewidths": 1.3, "zorder": 3},
         FRONT: {"s": 46, "color": _BLUE, "edgecolors": "white", "linewidths": 0.8, "zorder": 4},
         BASELINE: {"s": 190, "marker": "*", "color": _VERMILION, "edgecolors": _DARK, "linewidths": 0.7, "zorder": 5},
     }
-    for role, style in styles.items():
-        own = [mark for mark in marks if mark.role == role]
-        if own:
-            axes.scatter([m.density for m in own], [m.score for m in own], label=_LEGEND[role], **style)
+    for role, dialled, own in _groups(figure, styles):
+        style = styles[role] | ({"marker": "D", "s": 0.7 * styles[role]["s"]} if dialled else {})
+        axes.scatter([m.density for m in own], [m.score for m in own], label=_legend(role, dialled), **style)
 
 
 def _draw_legend(canvas: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     canvas.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0.165), ncols=5, frameon=False, fontsize=8.5,
+        handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0.165), ncols=5 if len(labels) < 6 else 4,
+        frameon=False, fontsize=8.5 if len(labels) < 6 else 7.5,
         handletextpad=0.4, columnspacing=1.6, borderaxespad=0.0,
     )  # fmt: skip
 
@@ -409,7 +444,9 @@ def _draw_names(canvas: Any, axes: Any, marks: Sequence[Mark]) -> None:
     frame = axes.get_window_extent(renderer)
     baselines = [mark for mark in marks if mark.role == BASELINE]
     for mark in baselines + [mark for mark in marks if mark.role == FRONT]:
-        text = mark.trial if mark.role == FRONT else "baseline" + f", seed {mark.seed}" * (len(baselines) > 1)
+        text = mark.trial + (f", τ {mark.tau:g}" if mark.tau else "")
+        if mark.role == BASELINE:
+            text = "baseline" + f", seed {mark.seed}" * (len(baselines) > 1)
         box = _place(axes, renderer, mark, text, lambda box: _fits(box, frame, taken))
         if box is not None:
             taken.append(box)

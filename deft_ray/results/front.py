@@ -6,6 +6,10 @@ Two objectives: score (more is better) and density (less is better). With P a se
 
 the front is the trials of P that no trial of P dominates. Two trials with the same score and the same density do not
 dominate each other: both are kept, because they are two settings between which a user may choose.
+
+Where the sweep has a threshold dial, a trial gives several points: itself, and itself with all activations of magnitude
+of at most τ set to zero. The baseline too: *PEFT + threshold* is the rival of every DEFT point. Which τ of a trial
+stand is chosen on the calibration split, which nothing was trained on and nothing is reported on.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ import moocore
 import numpy as np
 
 from deft_ray.errors import RecordsError
+from deft_ray.metrics import tau_key
 from deft_ray.results.files import write_text
 from deft_ray.results.records import Record, Scalar
 
 CSV_COLUMNS = (
-    "task", "trial", "seed", "score", "density", "score_drop", "density_change", "baseline", "steps", "dtype",
+    "task", "trial", "seed", "score", "density", "score_drop", "density_change", "tau", "baseline", "steps", "dtype",
 )  # fmt: skip
 """Columns that every table of points starts with; the settings that vary follow under their dotted names."""
 
@@ -36,7 +41,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Point:
-    """One trial as the front sees it.
+    """One trial as the front sees it, as it was trained or at one threshold.
 
     Args:
         task: Task of the trial.
@@ -46,8 +51,9 @@ class Point:
         baseline: Whether the density loss was off.
         score: The task's metric; None if not measured.
         density: Density; None if not measured.
-        score_drop: Baseline score minus score; None without a usable baseline.
+        score_drop: Baseline score minus score; None without a usable baseline. The baseline is as it was trained.
         density_change: (baseline density - density) / baseline density; None without a usable baseline.
+        tau: Activations of magnitude of at most this are set to zero; 0 for none.
         feasible: Whether the score limit admits it; true where there is no limit or no baseline to judge by.
         on_front: Whether no eligible trial of the task dominates it.
         steps: Optimizer steps done.
@@ -64,11 +70,22 @@ class Point:
     density: float | None
     score_drop: float | None = None
     density_change: float | None = None
+    tau: float = 0.0
     feasible: bool = True
     on_front: bool = False
     steps: int = 0
     dtype: str = ""
     config: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is a baseline as it was trained, which the others are compared with."""
+        return self.baseline and self.tau == 0.0
+
+    @property
+    def name(self) -> str:
+        """The trial's name, with the threshold if there is one."""
+        return f"{self.trial} at τ = {self.tau:g}" if self.tau else self.trial
 
     @property
     def eligible(self) -> bool:
@@ -95,10 +112,12 @@ def points(records: Iterable[Record], max_score_drop: float | None = None) -> li
 
     Args:
         records: Records of one sweep, any number of tasks.
-        max_score_drop: Largest admissible baseline score minus score; None for no limit. A baseline is always feasible.
+        max_score_drop: Largest admissible baseline score minus score; None for no limit. A baseline is always feasible
+            as it was trained.
 
     Returns:
-        One point per record, in the order of ``records``, with ``on_front`` set within each task.
+        For each record its point as it was trained, then those of the dial by rising τ; ``on_front`` is set within each
+        task.
 
     Raises:
         RecordsError: If one task was measured in more than one dtype.
@@ -106,9 +125,52 @@ def points(records: Iterable[Record], max_score_drop: float | None = None) -> li
     records = list(records)
     _check_one_dtype(records)
     baselines = _baselines(records)
-    found = [_point(record, baselines.get(_peer_key(record)), max_score_drop) for record in records]
-    chosen = {(p.task, p.trial) for task in _tasks(found) for p in front([q for q in found if q.task == task])}
-    return [replace(p, on_front=(p.task, p.trial) in chosen) for p in found]
+    found = []
+    for record in records:
+        baseline = baselines.get(_peer_key(record))
+        taus = (0.0, *chosen_taus(record, baseline, max_score_drop))
+        found += [_point(record, tau, baseline, max_score_drop) for tau in taus]
+    fronts = [front([point for point in found if point.task == task]) for task in _tasks(found)]
+    chosen = {(point.task, point.trial, point.tau) for members in fronts for point in members}
+    return [replace(p, on_front=(p.task, p.trial, p.tau) in chosen) for p in found]
+
+
+def chosen_taus(record: Record, baseline: Record | None, max_score_drop: float | None) -> list[float]:
+    """Choose the thresholds at which a trial stands beside itself, on the calibration split alone.
+
+    Those that no other one of the trial, 0 among them, equals or beats in both score and density, and that lose no more
+    than the limit against the baseline as it was trained.
+
+    Args:
+        record: A complete trial's record; of others none stands.
+        baseline: The baseline of its task and seed.
+        max_score_drop: The score limit; None for none.
+
+    Returns:
+        τ above 0, rising.
+    """
+    dial = [(float(tau), found) for tau, found in record.dial.items()]
+    keys = ("calibration_score", "calibration_density")
+    dial = sorted((tau, found) for tau, found in dial if all(_is_finite(found.get(key)) for key in keys))
+    if record.status != "complete" or not dial:
+        return []
+    values = np.array([[-found["calibration_score"], found["calibration_density"]] for _, found in dial])
+    keep = moocore.is_nondominated(values, keep_weakly=False)
+    before = None if baseline is None else baseline.dial.get(tau_key(0.0), {}).get("calibration_score")
+    return [
+        tau
+        for (tau, found), kept in zip(dial, keep, strict=True)
+        if tau > 0.0
+        and kept
+        and is_feasible(None if before is None else before - found["calibration_score"], max_score_drop)
+    ]
+
+
+def of_first(points: Sequence[Point], trials: int) -> list[Point]:
+    """Return the points of the first so many trials, in the order of the points."""
+    names = list(dict.fromkeys((point.task, point.trial) for point in points))[:trials]
+    kept = set(names)
+    return [point for point in points if (point.task, point.trial) in kept]
 
 
 def front(points: Iterable[Point]) -> list[Point]:
@@ -127,7 +189,7 @@ def front(points: Iterable[Point]) -> list[Point]:
         return []
     keep = moocore.is_nondominated(_objectives(eligible), keep_weakly=True)
     chosen = [replace(point, on_front=True) for point, kept in zip(eligible, keep, strict=True) if kept]
-    return sorted(chosen, key=lambda p: (p.density, p.trial))
+    return sorted(chosen, key=lambda p: (p.density, p.trial, p.tau))
 
 
 def hypervolume(points: Iterable[Point], ref: tuple[float, float] = (0.0, 1.0)) -> float:
@@ -157,7 +219,8 @@ def hypervolume_history(
     Feasibility is judged by all records, so a trial that ended before its baseline counts from its own end on.
     """
     found = [point for point in points(records, max_score_drop) if point.task == task]
-    return [hypervolume(found[:ended], ref) for ended in range(1, len(found) + 1)]
+    trials = len({point.trial for point in found})
+    return [hypervolume(of_first(found, ended), ref) for ended in range(1, trials + 1)]
 
 
 def lowest_density(points: Iterable[Point], max_score_drop: float) -> Point | None:
@@ -170,7 +233,7 @@ def lowest_density(points: Iterable[Point], max_score_drop: float) -> Point | No
         max_score_drop: In units of the score.
     """
     near = [p for p in _eligible(points) if p.score_drop is not None and is_feasible(p.score_drop, max_score_drop)]
-    return min(near, key=lambda point: (point.density, point.trial), default=None)
+    return min(near, key=lambda point: (point.density, point.trial, point.tau), default=None)
 
 
 def knee(points: Iterable[Point]) -> Point | None:
@@ -253,34 +316,36 @@ def _baselines(records: Iterable[Record]) -> dict[tuple[str, int, str], Record]:
     return usable
 
 
-def _point(record: Record, baseline: Record | None, max_score_drop: float | None) -> Point:
-    drop, change = _against(record, baseline)
+def _point(record: Record, tau: float, baseline: Record | None, max_score_drop: float | None) -> Point:
+    score, density = record.at(tau)
+    drop, change = _against(score, density, baseline)
     return Point(
         task=record.task,
         trial=record.trial,
         seed=record.seed,
         status=record.status,
         baseline=record.baseline,
-        score=record.score,
-        density=record.density,
+        score=score,
+        density=density,
         score_drop=drop,
         density_change=change,
-        feasible=record.baseline or is_feasible(drop, max_score_drop),
+        tau=tau,
+        feasible=(record.baseline and tau == 0.0) or is_feasible(drop, max_score_drop),
         steps=record.steps,
         dtype=record.dtype,
         config=record.config,
     )
 
 
-def _against(record: Record, baseline: Record | None) -> tuple[float | None, float | None]:
+def _against(score: float | None, density: float | None, baseline: Record | None) -> tuple[float | None, float | None]:
     """Score drop and density change; None where either side has no finite number, or the baseline's density is zero."""
     if baseline is None or baseline.score is None or baseline.density is None:
         return None, None
     drop = change = None
-    if record.score is not None and math.isfinite(record.score):
-        drop = baseline.score - record.score
-    if record.density is not None and math.isfinite(record.density) and baseline.density > 0:
-        change = (baseline.density - record.density) / baseline.density
+    if score is not None and math.isfinite(score):
+        drop = baseline.score - score
+    if density is not None and math.isfinite(density) and baseline.density > 0:
+        change = (baseline.density - density) / baseline.density
     return drop, change
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.errors import RecordsError
+from deft_ray.metrics import tau_key
 
 Scalar = str | int | float | bool | None
 
@@ -49,6 +50,8 @@ class Record:
         density_paper: The same with padding positions counted, as the authors' code does.
         density_at_tau: Share of activations with magnitude above tau, by tau.
         density_layers: Density of each layer, by layer name.
+        dial: By threshold τ, 0 among them: score and density on the validation split with activations of magnitude of
+            at most τ set to zero, and the same two on the calibration split; empty without the dial.
         lambda_layers: ADA-DEFT's layer scale of each block, by layer name; empty without.
         approximation: Approximation of the density loss that was used: l0, tanh, sigmoid or l1.
         config: The sampled and fixed settings, flat, dotted names.
@@ -86,6 +89,7 @@ class Record:
     density_paper: float | None = None
     density_at_tau: dict[str, float] = field(default_factory=dict, hash=False)
     density_layers: dict[str, float] = field(default_factory=dict, hash=False)
+    dial: dict[str, dict[str, float]] = field(default_factory=dict, hash=False)
     lambda_layers: dict[str, float] = field(default_factory=dict, hash=False)
     approximation: str = ""
     steps: int = 0
@@ -100,6 +104,13 @@ class Record:
     started_at: float = 0.0
     ended_at: float = 0.0
     host: str = ""
+
+    def at(self, tau: float) -> tuple[float | None, float | None]:
+        """Score and density at a threshold; 0 is the trial as it was trained."""
+        if tau == 0.0:
+            return self.score, self.density
+        found = self.dial.get(tau_key(tau), {})
+        return found.get("score"), found.get("density")
 
     def to_json(self) -> str:
         """One line of JSON without its newline; NaN and infinities become null."""
@@ -232,6 +243,8 @@ def _is_kind(value: Any, kind: str) -> bool:
         return value is None or _is_kind(value, kind.removesuffix(" | None"))
     if kind == "dict[str, Scalar]":
         return isinstance(value, dict)
+    if kind == "dict[str, dict[str, float]]":
+        return isinstance(value, dict) and all(_is_kind(item, "dict[str, float]") for item in value.values())
     if kind.startswith("dict"):
         wanted = str if kind == "dict[str, str]" else _NUMBER
         return isinstance(value, dict) and all(item is None or isinstance(item, wanted) for item in value.values())
@@ -252,11 +265,17 @@ def _faults(name: str, value: Any) -> list[str]:
 
 def _readable(name: str, value: Any) -> Any:
     kind = _KINDS[name]
+    if kind == "dict[str, dict[str, float]]":
+        return {key: _readable_numbers(item) for key, item in value.items()}
     if kind in ("dict[str, float]", "dict[str, str]"):
-        return {key: item for key, item in value.items() if item is not None}
+        return _readable_numbers(value)
     if kind == "float":
         return math.nan if value is None else float(value)
     return float(value) if kind == "float | None" and value is not None else value
+
+
+def _readable_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in values.items() if item is not None}
 
 
 def _writable(value: Any) -> Any:

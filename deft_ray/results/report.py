@@ -152,16 +152,18 @@ def _limit(max_score_drop: float | None) -> str:
 def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> str:
     own = [record for record in records if record.task == task]
     chosen = front(found)
-    complete = sum(point.status == "complete" for point in found)
+    trained = [point for point in found if not point.tau]
+    complete = sum(point.status == "complete" for point in trained)
     infeasible = sum(point.status == "complete" and not point.feasible for point in found)
+    points_told = f", {len(found)} points with thresholds" if len(found) > len(trained) else ""
     stem = file_stem("pareto", task)
     return "\n".join(
         [
             f"## {_cell(task)}",
             "",
             f"Hypervolume {hypervolume(found):.4f} (reference: score 0, density 1). "
-            f"Trials: {len(found)}, {complete} complete, of them {infeasible} infeasible and {len(chosen)} on the "
-            f"front; {len(found) - complete} not complete.{_landmarks(found)}",
+            f"Trials: {len(trained)}, {complete} complete{points_told}, of them {infeasible} infeasible and "
+            f"{len(chosen)} on the front; {len(trained) - complete} not complete.{_landmarks(found)}",
             "",
             _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score"),
             "",
@@ -177,25 +179,41 @@ def _landmarks(found: Sequence[Point]) -> str:
     said = ""
     for drop in _DROPS:
         point = lowest_density(found, drop)
-        if point is not None and not point.baseline:
-            said += f" Lowest density within {drop:g} of the baseline: {point.density:.4f} ({point.trial})."
+        if point is not None and not point.reference:
+            said += f" Lowest density within {drop:g} of the baseline: {point.density:.4f} ({point.name})."
     bend = knee(found)
-    return said if bend is None else f"{said} Knee: {bend.trial} (score {bend.score:.4f}, density {bend.density:.4f})."
+    if bend is not None:
+        said += f" Knee: {bend.name} (score {bend.score:.4f}, density {bend.density:.4f})."
+    return said + _rivals(found)
+
+
+def _rivals(found: Sequence[Point]) -> str:
+    """Set the whole front beside exact zeros alone, and beside the thresholded baseline."""
+    if not any(point.tau for point in found):
+        return ""
+    exact = hypervolume(point for point in found if not point.tau)
+    rival = hypervolume(point for point in found if point.baseline)
+    return f" Hypervolume of exact zeros alone {exact:.4f}, of the baseline with thresholds alone {rival:.4f}."
 
 
 def _rows_of(found: Sequence[Point], chosen: Sequence[Point]) -> list[Point]:
-    """The usable baselines, then the rest of the front by rising density."""
-    baselines = [point for point in found if point.baseline and point.eligible]
-    return baselines + [point for point in chosen if not point.baseline]
+    """The usable baselines as they were trained, then the rest of the front by rising density."""
+    baselines = [point for point in found if point.reference and point.eligible]
+    return baselines + [point for point in chosen if not point.reference]
 
 
 def _table(rows: Sequence[Point], settings: Sequence[str], metric: str) -> str:
     if not rows:
         return "No trial has both a score and a density."
-    header = ["trial", "seed", f"{metric} ↑", "score drop ↓", "density ↓", "density change ↑", "on front", *settings]
+    dialled = ["τ"] if any(point.tau for point in rows) else []
+    measured = [f"{metric} ↑", "score drop ↓", "density ↓", "density change ↑", "on front"]
+    header = ["trial", "seed", *dialled, *measured, *settings]
     lines = [_line(header), _line(["---"] * len(header))]
-    lines += [_line(_cells(point) + [figures.short(point.config.get(name)) for name in settings]) for point in rows]
-    no_baseline = not any(point.baseline for point in rows)
+    for point in rows:
+        tau = [f"{point.tau:g}" if point.tau else "exact"] if dialled else []
+        named, seed, *cells = _cells(point)
+        lines.append(_line([named, seed, *tau, *cells, *(figures.short(point.config.get(name)) for name in settings)]))
+    no_baseline = not any(point.reference for point in rows)
     return "\n".join(lines + ["", "No usable baseline: nothing to compare these scores with."] * no_baseline)
 
 

@@ -19,7 +19,7 @@ from deft_ray.spec.schema import SweepSpec
 from deft_ray.spec.yaml_tree import Fault, Path, YamlError, parse, show
 
 #: Leaves that are mappings: their keys are the user's words, so that one named "choice" makes no domain.
-_MAPPINGS = {("data", "own")}
+_MAPPINGS = {("data", "own"), ("search", "objectives")}
 
 #: Where a path of the spec stands: its rank among all places, and the place in words.
 _Places = dict[Path, tuple[int, str]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deft_ray.spec.catalog import ADAPTER_LEAVES, DEFT_LEAVES, LAMBDA_LEAVES, TRIAL_SECTIONS
@@ -66,6 +66,16 @@ def rung_shares(spec: SweepSpec) -> tuple[float, ...]:
     return tuple(shares)
 
 
+def judged_at(objectives: Iterable[str]) -> float:
+    """Return the threshold of the density objective: 0 for exact zeros, 0.1 for ``density@0.1``.
+
+    Raises:
+        ValueError: If it is no number.
+    """
+    density = next((name for name in objectives if name.startswith("density@")), None)
+    return 0.0 if density is None else float(density.removeprefix("density@"))
+
+
 def _default(spec: SweepSpec, dotted: str) -> Any:
     section, key = dotted.split(".")
     return type(getattr(spec, section)).model_fields[key].default
@@ -96,6 +106,8 @@ def _build(
             "seed": seed,
             "baseline": baseline,
             "rungs": rung_shares(spec),
+            "judged_at": judged_at(spec.search.objectives),
+            "dial": spec.dial.model_dump(),
             "model": spec.model.model_dump(),
             "data": spec.data.model_dump(),
             **sections,

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from deft_ray.metrics import tau_key
 from deft_ray.spec.catalog import (
     ADAPTER_LEAVES,
     DEFT_LEAVES,
@@ -102,7 +103,7 @@ def check_rules(
     data = (_tasks, _own, _windows, _images)
     adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
     deft = (_approximation, _alpha_schedule, _deft_leaves)
-    rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first, _grid)
+    rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first, _grid, _dial, _objectives)
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -367,6 +368,40 @@ def _grid(view: _View) -> Iterator[Fault]:
             ("search", "sampler"),
             f"a grid has at most {_LARGEST_GRID:,} points (got {size:,}); take 'random' or 'tpe'",
         )
+
+
+def _dial(view: _View) -> Iterator[Fault]:
+    taus = view.get("dial.taus", [])
+    for index, tau in enumerate(taus if isinstance(taus, list) else []):
+        if _is_number(tau) and tau_key(tau) in map(tau_key, filter(_is_number, taus[:index])):
+            yield ("dial", "taus", index), f"threshold stands twice (got {show(tau)})"
+    count, rows = view.get("dial.calibration_examples", 256), view.get("data.train_examples")
+    if taus and _is_count(count) and _is_count(rows) and count >= rows:
+        path = ("dial", "calibration_examples")
+        yield path, f"must be below data.train_examples = {rows}, from which they are held out (got {count})"
+
+
+def _objectives(view: _View) -> Iterator[Fault]:
+    """One score to maximise, one density to minimise; a thresholded density at a τ of the dial."""
+    given = view.get("search.objectives", {})
+    taus = view.get("dial.taus", [])
+    if not isinstance(given, dict) or not isinstance(taus, list) or view.is_broken("dial.taus") or not given:
+        return
+    known = {"score": "max", "density": "min", **{f"density@{tau_key(tau)}": "min" for tau in taus}}
+    for name, direction in given.items():
+        path = ("search", "objectives", name)
+        if name not in known:
+            hint = "" if taus else "; density@τ needs dial.taus"
+            yield path, f"unknown objective; {did_you_mean(str(name), known)}allowed: {', '.join(known)}{hint}"
+        elif direction != known[name]:
+            yield path, f"can only be '{known[name]}' (got {show(direction)})"
+    if all(name in known for name in given) and sorted(known[name] for name in given) != ["max", "min"]:
+        what = "must be the score and one density"
+        yield ("search", "objectives"), f"{what} (got {', '.join(given)}); one of {', '.join(known)}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _resources(view: _View, machine: Machine) -> Iterator[Fault]:

@@ -121,6 +121,19 @@ class DeftSection(Section):
     lambda_learning_rate: Annotated[float, Field(gt=0.0)] = 0.01
 
 
+class DialSection(Section):
+    """The threshold dial: every trained model is also scored with small activations set to zero.
+
+    Args:
+        taus: Thresholds; activations with magnitude of at most τ become zero, in every block. None: no dial.
+        calibration_examples: Training examples that no trial is trained on: on them it is chosen which τ of a trial
+            stand beside it.
+    """
+
+    taus: list[Annotated[float, Field(gt=0.0)]] = []
+    calibration_examples: Positive = 256
+
+
 class TrainSection(Section):
     """How one trial is trained."""
 
@@ -154,6 +167,14 @@ class SearchSection(Section):
     first_rung: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 9
     reduction_factor: Annotated[float, Field(ge=1.5)] = 3.0
     max_concurrent: Positive | None = None
+    objectives: dict[str, Literal["max", "min"]] = {"score": "max", "density": "min"}
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _with_directions(cls, value: Any) -> Any:
+        if isinstance(value, list) or (isinstance(value, dict) and None in value.values()):
+            raise ValueError("every objective needs its direction: {score: max, density: min}")
+        return value
 
 
 class ConstraintSection(Section):
@@ -210,6 +231,7 @@ class SweepSpec(Section):
     data: DataSection
     adapter: AdapterSection = AdapterSection()
     deft: DeftSection = DeftSection()
+    dial: DialSection = DialSection()
     train: TrainSection
     search: SearchSection = SearchSection()
     constraint: ConstraintSection = ConstraintSection()
@@ -236,6 +258,7 @@ class TrialSpec(Section):
         seed: Seed of adapter init, data order and dropout.
         baseline: True for the trial of the same task and seed with the density loss off.
         rungs: Shares of its steps at which the scheduler judges it.
+        judged_at: Threshold of the score and density that the search is about; 0 for exact zeros.
     """
 
     trial: str
@@ -243,6 +266,8 @@ class TrialSpec(Section):
     seed: int
     baseline: bool
     rungs: tuple[float, ...] = ()
+    judged_at: float = 0.0
+    dial: DialSection = DialSection()
     model: ModelSection
     data: DataSection
     adapter: AdapterSection
@@ -253,7 +278,7 @@ class TrialSpec(Section):
         """Return the trial's leaves by dotted name, lists joined by commas."""
         return {
             dotted: value
-            for section in ("model", "data", "adapter", "deft", "train")
+            for section in ("model", "data", "adapter", "deft", "dial", "train")
             for dotted, value in _leaves(section, getattr(self, section).model_dump())
         }
 

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from deft_ray.results.front import Point, front, hypervolume, points, varying, write_front_csv
+from deft_ray.results.front import Point, front, hypervolume, of_first, points, varying, write_front_csv
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
 from deft_ray.spec.catalog import find_task
@@ -106,15 +106,15 @@ class Books:
         found = self._points()
         lines = []
         for task in self.spec.data.tasks:
-            chosen = [point for point in front([p for p in found if p.task == task]) if not point.baseline]
-            baseline = next((p for p in found if p.task == task and p.baseline and p.measured), None)
+            chosen = [point for point in front([p for p in found if p.task == task]) if not point.reference]
+            baseline = next((p for p in found if p.task == task and p.reference and p.measured), None)
             if baseline is None or not chosen:
                 lines.append(f"{task}: no front beside the baseline" if baseline else f"{task}: no usable baseline")
                 continue
             best = min(chosen, key=lambda point: point.density or 0.0)
             metric = find_task(task, self.spec.data).metric
             lines.append(
-                f"{task}: {len(chosen)} on the front; lowest density {best.density:.3f} ({best.trial}, "
+                f"{task}: {len(chosen)} on the front; lowest density {best.density:.3f} ({best.name}, "
                 f"{metric} {best.score:.3f}), baseline {baseline.density:.3f} ({baseline.score:.3f})"
             )
         return lines
@@ -133,7 +133,7 @@ class Books:
         point = next(point for point in found if point.trial == record.trial)
         metric_rows = [row for row in rows if row["kind"] != "end"]
         self._mirror.record(record, point.score_drop, point.density_change, metric_rows)
-        mine = [other for other in found[:step] if other.task == record.task]
+        mine = [other for other in of_first(found, step) if other.task == record.task]
         on_front = [other.trial for other in front(mine)]
         self._mirror.front(record.task, on_front, hypervolume(mine), step, at=record.ended_at)
 

@@ -23,7 +23,7 @@ from deft_ray.results.front import is_feasible
 from deft_ray.results.records import Record
 from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.points import deciding_first, first_points
-from deft_ray.spec.resolve import is_read
+from deft_ray.spec.resolve import is_read, judged_at
 from deft_ray.spec.schema import SweepSpec
 
 optuna.logging.set_verbosity(logging.ERROR)
@@ -46,7 +46,8 @@ class Ending(enum.StrEnum):
 class TaskSearch:
     """The points of one task.
 
-    The study has two objectives: the change of the score against the baseline, up, and the density, down.
+    The study has two objectives: the change of the score against the baseline, up, and the density, down; both as
+    trained, or at the threshold that ``search.objectives`` names.
 
     Args:
         spec: The sweep's spec.
@@ -138,7 +139,7 @@ class TaskSearch:
             return
         self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
         limit = self.spec.constraint.max_score_drop
-        values = changes(results, baselines)
+        values = changes(results, baselines, judged_at(self.spec.search.objectives))
         ending = ending_of(results, values, limit)
         trial = Trial(self._study, frozen._trial_id)
         trial.set_user_attr("ending", ending.value)
@@ -176,18 +177,20 @@ def ending_of(results: Sequence[Record], values: tuple[float, float] | None, max
     return Ending.COMPLETE if is_feasible(-values[0], max_score_drop) else Ending.INFEASIBLE
 
 
-def changes(results: Sequence[Record], baselines: Sequence[Record]) -> tuple[float, float] | None:
+def changes(results: Sequence[Record], baselines: Sequence[Record], tau: float = 0.0) -> tuple[float, float] | None:
     """Return (mean of score minus the baseline's, mean density) over seeds, or None if any of them has none.
 
     Args:
         results: One record for each seed.
-        baselines: The baseline of each.
+        baselines: The baseline of each, taken as it was trained.
+        tau: Threshold at which the records are taken.
     """
     if not results or any(record.status != "complete" for record in (*results, *baselines)):
         return None
-    pairs = [(a.score, b.score) for a, b in zip(results, baselines, strict=True)]
+    found = [record.at(tau) for record in results]
+    pairs = [(score, baseline.score) for (score, _), baseline in zip(found, baselines, strict=True)]
     gains = [score - before for score, before in pairs if score is not None and before is not None]
-    densities = [record.density for record in results if record.density is not None]
+    densities = [density for _, density in found if density is not None]
     if len(gains) < len(results) or len(densities) < len(results) or not all(map(math.isfinite, (*gains, *densities))):
         return None
     return sum(gains) / len(gains), sum(densities) / len(densities)

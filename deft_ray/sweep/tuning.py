@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from deft_ray.metrics import tau_key
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.sweep.rungs import Rungs
 from deft_ray.sweep.schedule import Nothing
@@ -91,6 +92,7 @@ class RungScheduler(_StaysHere, FIFOScheduler):
     def _judge(self, trial: Any, row: dict[str, Any]) -> bool:
         assert self._rungs is not None
         spec = TrialSpec.model_validate_json(trial.config["spec"])
+        at_tau = row["dial"].get(tau_key(spec.judged_at), {}) if spec.judged_at and not spec.baseline else row
         return self._rungs.arrive(
             task=spec.task,
             trial=spec.trial,
@@ -98,8 +100,8 @@ class RungScheduler(_StaysHere, FIFOScheduler):
             baseline=spec.baseline,
             rung=row["rung"],
             step=row["step"],
-            score=row["score"],
-            density=row["density"],
+            score=at_tau["score"],
+            density=at_tau["density"],
         )
 
 

@@ -60,6 +60,7 @@ class EncodedTask:
         candidates: Token ids of every possible answer of a text-to-text classification; empty elsewhere.
         values: What each candidate is worth: class numbers, or STS-B's similarities.
         beside: Further validation examples by the suffix of their metric's name; see ``Task.beside``.
+        calibration: Examples held out from training, to choose thresholds by; empty without the dial.
     """
 
     task: Task
@@ -68,6 +69,7 @@ class EncodedTask:
     candidates: list[list[int]]
     values: list[float]
     beside: dict[str, list[Example]] = field(default_factory=dict)
+    calibration: list[Example] = field(default_factory=list)
 
     @property
     def outputs(self) -> int:
@@ -75,7 +77,14 @@ class EncodedTask:
         return len(self.task.labels) or 1
 
 
-def encode_images(task: Task, train: list[Row], validation: list[Row], processor: Any, tokens: int) -> EncodedTask:
+def encode_images(
+    task: Task,
+    train: list[Row],
+    validation: list[Row],
+    processor: Any,
+    tokens: int,
+    calibration: Sequence[Row] = (),
+) -> EncodedTask:
     """Make pictures of both splits; pixels come when a batch needs them.
 
     Args:
@@ -84,18 +93,19 @@ def encode_images(task: Task, train: list[Row], validation: list[Row], processor
         validation: Validation rows.
         processor: The base's image processor.
         tokens: Tokens that the base makes of an image.
+        calibration: Rows held out from training.
 
     Raises:
         SetupError: If a row holds no image.
     """
 
-    def encode(rows: list[Row]) -> list[Example]:
+    def encode(rows: Sequence[Row]) -> list[Example]:
         pictures = make_pictures(rows, processor, tokens)
         return [
             Example([], [], float(row["label"]), picture=picture) for row, picture in zip(rows, pictures, strict=True)
         ]
 
-    return EncodedTask(task, encode(train), encode(validation), [], [])
+    return EncodedTask(task, encode(train), encode(validation), [], [], calibration=encode(calibration))
 
 
 def answer_words(task: Task) -> tuple[str, ...]:
@@ -116,6 +126,7 @@ def encode_task(
     max_target_tokens: int,
     window_overlap_tokens: int | None = None,
     beside: Mapping[str, list[Row]] | None = None,
+    calibration: Sequence[Row] = (),
 ) -> EncodedTask:
     """Tokenise both splits.
 
@@ -129,6 +140,7 @@ def encode_task(
         max_target_tokens: Answers to questions are cut to so many tokens; label words never are.
         window_overlap_tokens: Tokens that neighbouring windows share; None for a third of ``max_source_tokens``.
         beside: Rows of the task's further validation splits.
+        calibration: Rows held out from training.
 
     Raises:
         SetupError: If a text has no tokens, a question leaves no room for its context, or two labels are the same
@@ -142,7 +154,7 @@ def encode_task(
         [index / 5 for index in range(len(words))] if task.kind == "regression" else [*map(float, range(len(words)))]
     )
 
-    def encode(rows: list[Row], split: str) -> list[Example]:
+    def encode(rows: Sequence[Row], split: str) -> list[Example]:
         if task.kind == "question":
             examples = _encode_questions(task, rows, tokenizer, max_source_tokens, max_target_tokens, overlap, split)
         elif text_to_text:
@@ -153,7 +165,10 @@ def encode_task(
         return examples
 
     more = {suffix: encode(rows, suffix) for suffix, rows in (beside or {}).items()}
-    return EncodedTask(task, encode(train, "train"), encode(validation, "validation"), candidates, values, more)
+    held_out = encode(calibration, "calibration") if calibration else []
+    return EncodedTask(
+        task, encode(train, "train"), encode(validation, "validation"), candidates, values, more, held_out
+    )
 
 
 def _require_different(task: Task, words: Sequence[str], candidates: list[list[int]]) -> None:
@@ -170,7 +185,7 @@ def _require_tokens(task: Task, split: str, examples: list[Example]) -> None:
             raise SetupError(f"{task.name}: {split}: row {number}: this model's tokenizer leaves nothing of its text")
 
 
-def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
+def _encode_pairs(task: Task, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
     texts = [[row[column] for row in rows] for column in task.columns]
     encoded = tokenizer(*texts, truncation=True, max_length=length)
     ids = encoded["input_ids"]
@@ -183,7 +198,7 @@ def _encode_pairs(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBas
 
 def _encode_words(
     task: Task,
-    rows: list[Row],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     candidates: list[list[int]],
     source_length: int,
@@ -196,13 +211,13 @@ def _encode_words(
     ]
 
 
-def _prompts(task: Task, rows: list[Row]) -> list[str]:
+def _prompts(task: Task, rows: Sequence[Row]) -> list[str]:
     return [task.prompt.format(**{column: row[column] for column in task.columns}) for row in rows]
 
 
 def _encode_questions(
     task: Task,
-    rows: list[Row],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     source_length: int,
     target_length: int,

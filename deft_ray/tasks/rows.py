@@ -100,6 +100,29 @@ def load_rows(task: Task, split: str, folder: str | None, limit: int | None) -> 
     return rows
 
 
+def hold_out(task: Task, rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Cut a calibration split out of the training rows, the same one every time.
+
+    Args:
+        task: The task.
+        rows: Training rows.
+        count: Rows of the calibration split.
+
+    Returns:
+        The rows that are left, and the calibration split, both in their order.
+
+    Raises:
+        SetupError: If nothing would be left to train on.
+    """
+    if count >= len(rows):
+        raise SetupError(
+            f"{task.name}: dial.calibration_examples must be below the {len(rows)} training rows (got {count})"
+        )
+    chosen = set(random.Random(f"{task.name} calibration").sample(range(len(rows)), count))
+    left = [row for index, row in enumerate(rows) if index not in chosen]
+    return left, [rows[index] for index in sorted(chosen)]
+
+
 def load_beside(task: Task, folder: str | None, limit: int | None) -> dict[str, list[Row]]:
     """Load the splits that are scored beside the score, by suffix; one that a folder does not have is left out."""
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.metrics import METRICS
-from deft_ray.results.front import hypervolume, points
+from deft_ray.results.front import hypervolume, of_first, points
 from deft_ray.results.records import Record
 from deft_ray.tracking.client import connect
 
@@ -271,9 +271,10 @@ def replay(
     """
     records = list(records)
     found = points(records, max_score_drop)
-    for step, (record, point) in enumerate(zip(records, found, strict=True), start=1):
+    trained = [point for point in found if point.tau == 0.0]
+    for step, (record, point) in enumerate(zip(records, trained, strict=True), start=1):
         mirror.record(record, point.score_drop, point.density_change, (rows or {}).get(record.trial, ()))
-        so_far = [p for p in found[:step] if p.task == record.task]
+        so_far = [p for p in of_first(found, step) if p.task == record.task]
         chosen = [p.trial for p in found if p.on_front and p.task == record.task]
         mirror.front(record.task, chosen, hypervolume(so_far), step, at=record.ended_at)
     for file in files:
@@ -337,6 +338,7 @@ def _final(record: Record, compared: Mapping[str, float | None]) -> dict[str, An
         "extra_scores": record.extra_scores,
         "density_at_tau": record.density_at_tau,
         "density_layers": record.density_layers,
+        **{f"dial/{tau}": found for tau, found in record.dial.items()},
     }
     grouped = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     own = {name: getattr(record, name) for name in _OWN_METRICS}

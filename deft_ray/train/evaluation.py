@@ -12,8 +12,8 @@ Shape suffixes: B batch, C candidates, D d_model, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from deft_ray.density.counts import DensityCounts, StepCounts
 from deft_ray.density.masks import with_virtual_positions
 from deft_ray.density.probe import DensityProbe
+from deft_ray.metrics import tau_key
 from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
 from deft_ray.models.halves import decode, encode, generate
@@ -42,11 +43,13 @@ class Evaluation:
         scores: Fractions by metric, the task's own first.
         counts: Exact counts per layer.
         generated: ``[non-zero, total]`` of the decoder while it wrote its answers; zeros where nothing is generated.
+        dial: Score and density by threshold, on the validation and on the calibration split; empty without the dial.
     """
 
     scores: dict[str, float]
     counts: DensityCounts
     generated: Tensor
+    dial: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """Return the fields of a record that an evaluation fills."""
@@ -62,7 +65,15 @@ class Evaluation:
             "density_paper": self.counts.density_paper(),
             "density_at_tau": self.counts.density_at_tau(),
             "density_layers": self.counts.density_layers(),
+            "dial": self.dial,
         }
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Score and density."""
+        density = self.counts.density()
+        assert density is not None, "a split has tokens"
+        return next(iter(self.scores.values())), density
 
 
 @dataclass(frozen=True)
@@ -92,30 +103,47 @@ class Evaluator:
     target_length: int | None = None
 
     @torch.no_grad()
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, taus: Sequence[float] = ()) -> Evaluation:
         """Evaluate on the validation split, and on those beside it; every rank gets the whole result.
+
+        Args:
+            taus: Thresholds of the dial: at each, and at 0, the model is evaluated on the validation and on the
+                calibration split with all activations of at most this magnitude set to zero. None for no dial.
 
         Raises:
             FloatingPointError: On every rank, if the model says what is no number.
         """
         self.model.eval()
-        counts, generated = self._new_counts()
-        predictions = [self._predictions(self.data.validation, counts, generated)]
-        for examples in self.data.beside.values():  # counted, but for nobody: density is that of the validation split
-            predictions.append(self._predictions(examples, *self._new_counts()))
+        found = self._evaluate(self.data.validation)
+        scores = dict(found.scores)
+        for suffix, examples in self.data.beside.items():  # density is that of the validation split alone
+            beside = self._evaluate(examples)
+            scores |= {f"{metric}_{suffix}": score for metric, score in beside.scores.items()}
+        dial = {tau_key(tau): self._dialled(tau, found) for tau in (0.0, *taus) if taus}
         self.model.train()
-        counts.rows = self.ranks.total(counts.rows)
-        if any(value != value for split in predictions for value in split):
-            raise FloatingPointError("the model's outputs are not finite in the evaluation")
-        scores = self._score(self.data.validation, predictions[0])
-        for (suffix, examples), split in zip(self.data.beside.items(), predictions[1:], strict=True):
-            found = self._score(examples, split)
-            scores |= {f"{metric}_{suffix}": score for metric, score in found.items()}
-        return Evaluation(scores, counts, self.ranks.total(generated))
+        return Evaluation(scores, found.counts, found.generated, dial)
 
-    def _new_counts(self) -> tuple[DensityCounts, Tensor]:
+    def _dialled(self, tau: float, exact: Evaluation) -> dict[str, float]:
+        """Score and density at one threshold."""
+        with self.probe.thresholding(tau):
+            score, density = (exact if tau == 0.0 else self._evaluate(self.data.validation)).point
+            calibration_score, calibration_density = self._evaluate(self.data.calibration).point
+        return {
+            "score": score,
+            "density": density,
+            "calibration_score": calibration_score,
+            "calibration_density": calibration_density,
+        }
+
+    def _evaluate(self, examples: list[Example]) -> Evaluation:
         device = self.ranks.device
-        return DensityCounts.empty(self.probe.names, device), torch.zeros(2, dtype=torch.int64, device=device)
+        counts = DensityCounts.empty(self.probe.names, device)
+        generated = torch.zeros(2, dtype=torch.int64, device=device)
+        predictions = self._predictions(examples, counts, generated)
+        counts.rows = self.ranks.total(counts.rows)
+        if any(value != value for value in predictions):
+            raise FloatingPointError("the model's outputs are not finite in the evaluation")
+        return Evaluation(self._score(examples, predictions), counts, self.ranks.total(generated))
 
     def _predictions(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         """Predict a split, every rank its batches; every rank gets all predictions, in order."""

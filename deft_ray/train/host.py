@@ -26,7 +26,7 @@ from deft_ray.spec.catalog import find_task
 from deft_ray.spec.schema import DataSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
 from deft_ray.tasks.images import class_names
-from deft_ray.tasks.rows import load_beside, load_rows
+from deft_ray.tasks.rows import hold_out, load_beside, load_rows
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from deft_ray.train.storage import TrialStorage
@@ -126,20 +126,32 @@ class Host:
             slot.close()
 
     def _task(self, trial: TrialSpec) -> EncodedTask:
-        key = f"{trial.task} {trial.data.model_dump_json()}"
+        calibration = trial.dial.calibration_examples if trial.dial.taus else 0
+        key = f"{trial.task} {calibration} {trial.data.model_dump_json()}"
         if key not in self._tasks:
-            self._tasks[key] = load_task(trial.task, trial.data, self.base)
+            self._tasks[key] = load_task(trial.task, trial.data, self.base, calibration)
         return self._tasks[key]
 
 
-def load_task(name: str, data: DataSection, base: Base) -> EncodedTask:
-    """Load and tokenise a task's splits, or make pictures of them."""
+def load_task(name: str, data: DataSection, base: Base, calibration: int = 0) -> EncodedTask:
+    """Load and tokenise a task's splits, or make pictures of them.
+
+    Args:
+        name: Of the task.
+        data: Where its rows are, and how long they may be.
+        base: Whose tokens.
+        calibration: Rows to hold out from training.
+
+    Raises:
+        SetupError: If the rows cannot be had or used.
+    """
     task = find_task(name, data)
     train = load_rows(task, "train", data.dir, data.train_examples)
+    train, held_out = hold_out(task, train, calibration) if calibration else (train, [])
     validation = load_rows(task, "validation", data.dir, data.validation_examples)
     if base.family.images:
         known = task if task.labels else replace(task, labels=class_names(Path(str(data.dir))))
-        return encode_images(known, train, validation, base.image_processor, base.image_tokens)
+        return encode_images(known, train, validation, base.image_processor, base.image_tokens, held_out)
     return encode_task(
         task,
         train,
@@ -150,6 +162,7 @@ def load_task(name: str, data: DataSection, base: Base) -> EncodedTask:
         max_target_tokens=data.max_target_tokens,
         window_overlap_tokens=data.window_overlap_tokens,
         beside=load_beside(task, data.dir, data.validation_examples),
+        calibration=held_out,
     )
 
 
@@ -219,13 +232,19 @@ class _Run:
 
     def _evaluate(self) -> None:
         began = time.monotonic()
-        self.evaluated = self.slot.evaluate().row()
+        self.evaluated = self.slot.evaluate(self._taus()).row()
         self.clock.eval_s += time.monotonic() - began
         rung = self.rungs.get(self.slot.done)
         if rung is None:
             self._send("eval", **self.evaluated)
         else:  # it may be the trial's last row, so it has all that a record asks for
             self.judged = self._send("eval", **self.evaluated, **self._facts(), rung=rung)
+
+    def _taus(self) -> list[float]:
+        """Thresholds of this evaluation: all in the last one, in others those that the scheduler judges by."""
+        if self.slot.done == self.slot.steps:
+            return self.trial.dial.taus
+        return [self.trial.judged_at] if self.trial.judged_at else []
 
     def _save(self) -> None:
         began = time.monotonic()

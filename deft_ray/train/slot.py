@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,10 +155,10 @@ class Slot:
         self.done += 1
         return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate on the validation split, over all ranks."""
+    def evaluate(self, taus: Sequence[float] = ()) -> Evaluation:
+        """Evaluate on the validation split, over all ranks; with the dial at these thresholds, if there are any."""
         with self.whole():
-            return self._evaluator().evaluate()
+            return self._evaluator().evaluate(taus)
 
     def _evaluator(self) -> Evaluator:
         data = self.trial.data
@@ -239,7 +240,7 @@ class Slot:
         data = self.trial.data
         if data.padding == "max_length":
             return data.max_source_tokens
-        splits = (self.data.train, self.data.validation, *self.data.beside.values())
+        splits = (self.data.train, self.data.calibration, self.data.validation, *self.data.beside.values())
         return max(example.source_tokens for split in splits for example in split)
 
     def _parts(self, examples: list[Example], rank: int) -> list[list[Example]]:

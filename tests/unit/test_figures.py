@@ -76,24 +76,26 @@ def test_data_of_a_sweep() -> None:
         caption="4 of 6 trials drawn, 2 on the front, 1 infeasible (score drop above 0.02), 1 failed, 1 stopped. "
         "Hypervolume 0.6538.",
         marks=(
-            Mark("t0", 0, 0.5, 0.875, "baseline", True, detail(trial="t0", score="0.8750", density="0.5000",
+            Mark("t0", 0, 0.5, 0.875, "baseline", True, 0.0, detail(trial="t0", score="0.8750", density="0.5000",
                  drop="+0.0000", change="+0.0 %", value="0")),
-            Mark("t1", 0, 0.25, 0.865, "front", True, detail(trial="t1", score="0.8650", density="0.2500",
+            Mark("t1", 0, 0.25, 0.865, "front", True, 0.0, detail(trial="t1", score="0.8650", density="0.2500",
                  drop="+0.0100", change="+50.0 %", value="0.5")),
-            Mark("t2", 0, 0.125, 0.5, "infeasible", False, detail(trial="t2", score="0.5000", density="0.1250",
+            Mark("t2", 0, 0.125, 0.5, "infeasible", False, 0.0, detail(trial="t2", score="0.5000", density="0.1250",
                  drop="+0.3750", change="+75.0 %", value="1")),
-            Mark("t3", 0, 0.375, 0.865, "dominated", False, detail(trial="t3", score="0.8650", density="0.3750",
+            Mark("t3", 0, 0.375, 0.865, "dominated", False, 0.0, detail(trial="t3", score="0.8650", density="0.3750",
                  drop="+0.0100", change="+25.0 %", value="0.25")),
         ),
         stairs=((0.25, 0.865), (0.5, 0.865), (0.5, 0.875)),
+        exact_stairs=(),
+        rival_stairs=(),
         score_limit=0.875 - 0.02,
         table=(
-            ("task", "trial", "seed", "density", "score", "density_change", "score_drop", "on_front", "role",
+            ("task", "trial", "seed", "density", "score", "density_change", "score_drop", "tau", "on_front", "role",
              "deft.alpha"),
-            ("squad", "t0", 0, 0.5, 0.875, 0.0, 0.0, True, "baseline", 0.0),
-            ("squad", "t1", 0, 0.25, 0.865, 0.5, 0.875 - 0.865, True, "front", 0.5),
-            ("squad", "t2", 0, 0.125, 0.5, 0.75, 0.375, False, "infeasible", 1.0),
-            ("squad", "t3", 0, 0.375, 0.865, 0.25, 0.875 - 0.865, False, "dominated", 0.25),
+            ("squad", "t0", 0, 0.5, 0.875, 0.0, 0.0, 0.0, True, "baseline", 0.0),
+            ("squad", "t1", 0, 0.25, 0.865, 0.5, 0.875 - 0.865, 0.0, True, "front", 0.5),
+            ("squad", "t2", 0, 0.125, 0.5, 0.75, 0.375, 0.0, False, "infeasible", 1.0),
+            ("squad", "t3", 0, 0.375, 0.865, 0.25, 0.875 - 0.865, 0.0, False, "dominated", 0.25),
         ),
     )  # fmt: skip
 
@@ -225,3 +227,47 @@ def test_a_figure_is_a_value() -> None:
 def test_short(value: Any, expected: str) -> None:
     assert len(short(value)) <= 60
     assert short(value) == expected
+
+
+# --- the threshold dial -----------------------------------------------------------------------------------------------
+
+
+def dial(*points: tuple[float, float, float]) -> dict[str, dict[str, float]]:
+    """(τ, score, density), in calibration the same."""
+    return {
+        f"{tau:g}": {"score": s, "density": d, "calibration_score": s, "calibration_density": d} for tau, s, d in points
+    }
+
+
+DIALLED = [
+    make_record("t0", 0.9, 0.9, baseline=True, config=alpha(0.0), dial=dial((0, 0.9, 0.9), (0.1, 0.8, 0.5))),
+    make_record("t1", 0.85, 0.6, config=alpha(1.0), dial=dial((0, 0.85, 0.6), (0.1, 0.82, 0.4), (0.2, 0.1, 0.3))),
+]
+
+
+def test_thresholded_points_are_told_apart_from_exact_zeros(tmp_path: Path) -> None:
+    figure = front_figure_data(DIALLED, "squad", 0.2)
+    assert [(mark.trial, mark.tau, mark.role) for mark in figure.marks] == [
+        ("t0", 0.0, "baseline"),
+        ("t0", 0.1, "dominated"),
+        ("t1", 0.0, "front"),
+        ("t1", 0.1, "front"),
+    ]
+    assert figure.stairs == ((0.4, 0.82), (0.6, 0.82), (0.6, 0.85), (0.9, 0.85), (0.9, 0.9))
+    assert figure.exact_stairs == ((0.6, 0.85), (0.9, 0.85), (0.9, 0.9))
+    assert figure.rival_stairs == ((0.5, 0.8), (0.9, 0.8), (0.9, 0.9))
+    assert figure.caption.startswith("2 of 2 trials drawn: 2 points of exact zeros, 2 thresholded, 3 on the front")
+    assert dict(figure.marks[1].detail)["trial"] == "t0 (baseline)"
+    assert dict(figure.marks[3].detail)["threshold τ"] == "0.1"
+
+    page = draw_html(figure, tmp_path / "pareto.html").read_text()
+    traces = {trace["name"]: trace for trace in plot_json(page)[0]}
+    symbols = {name: trace["marker"]["symbol"] for name, trace in traces.items() if "marker" in trace}
+    assert symbols == {
+        "dominated, thresholded": "diamond",
+        "on the front": "circle",
+        "on the front, thresholded": "diamond",
+        "baseline (α = 0)": "star",
+    }
+    assert {"front of exact zeros", "baseline with thresholds", "score limit"} < traces.keys()
+    assert draw_png(figure, tmp_path / "p.png").stat().st_size > 10_000

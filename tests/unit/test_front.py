@@ -15,12 +15,14 @@ import pytest
 from deft_ray.errors import RecordsError
 from deft_ray.results.front import (
     Point,
+    chosen_taus,
     front,
     hypervolume,
     hypervolume_history,
     is_feasible,
     knee,
     lowest_density,
+    of_first,
     points,
     varying,
     write_front_csv,
@@ -346,3 +348,110 @@ def test_front_csv_of_nothing_has_its_header(tmp_path: Path) -> None:
     path = write_front_csv(tmp_path / "front.csv", {})
     assert path.read_text().startswith("task,trial,seed,score,density,score_drop,density_change")
     assert len(path.read_text().splitlines()) == 1
+
+
+# --- the threshold dial -----------------------------------------------------------------------------------------------
+
+
+def dialled(score: float, density: float, calibration_score: float, calibration_density: float) -> dict[str, float]:
+    return {
+        "score": score,
+        "density": density,
+        "calibration_score": calibration_score,
+        "calibration_density": calibration_density,
+    }
+
+
+BASELINE_DIAL = {
+    "0": dialled(0.90, 0.99, 0.92, 0.98),
+    "0.1": dialled(0.89, 0.60, 0.93, 0.61),
+    "0.2": dialled(0.88, 0.40, 0.90, 0.41),
+    "0.4": dialled(0.95, 0.10, 0.80, 0.11),  # lucky on the validation split: calibration knows better
+}
+TRIAL_DIAL = {
+    "0": dialled(0.88, 0.70, 0.91, 0.70),
+    "0.05": dialled(0.88, 0.50, 0.91, 0.70),  # equals 0 in calibration: of equals the first stands
+    "0.1": dialled(0.70, 0.35, 0.91, 0.35),  # stands by calibration, and is infeasible where it is reported
+    "0.2": dialled(0.87, 0.30, 0.905, 0.30),
+    "0.3": dialled(0.87, 0.31, 0.90, 0.31),  # beaten by 0.2 in calibration
+}
+DIALLED = [
+    make_record("t0", 0.90, 0.99, baseline=True, dial=BASELINE_DIAL),
+    make_record("t1", 0.88, 0.70, dial=TRIAL_DIAL),
+]
+
+
+def test_calibration_alone_chooses_the_thresholds_that_stand() -> None:
+    found = [(p.trial, p.tau, p.score, p.density, p.feasible, p.on_front) for p in points(DIALLED, 0.05)]
+    assert found == [
+        ("t0", 0.0, 0.90, 0.99, True, True),
+        ("t0", 0.1, 0.89, 0.60, True, True),
+        ("t0", 0.2, 0.88, 0.40, True, True),
+        ("t1", 0.0, 0.88, 0.70, True, False),
+        ("t1", 0.1, 0.70, 0.35, False, False),
+        ("t1", 0.2, 0.87, 0.30, True, True),
+    ]
+    drops = {(p.trial, p.tau): p.score_drop for p in points(DIALLED, 0.05)}
+    assert drops["t1", 0.2] == pytest.approx(0.90 - 0.87), "against the baseline as it was trained"
+    assert drops["t0", 0.2] == pytest.approx(0.90 - 0.88)
+    changes = {(p.trial, p.tau): p.density_change for p in points(DIALLED, 0.05)}
+    assert changes["t0", 0.2] == pytest.approx((0.99 - 0.40) / 0.99)
+
+
+def test_without_a_limit_every_threshold_stands_that_none_beats_in_calibration() -> None:
+    assert [(p.trial, p.tau) for p in points(DIALLED)] == [
+        ("t0", 0.0), ("t0", 0.1), ("t0", 0.2), ("t0", 0.4), ("t1", 0.0), ("t1", 0.1), ("t1", 0.2)
+    ]  # fmt: skip
+
+
+def test_a_thresholded_baseline_is_a_rival_and_no_reference() -> None:
+    found = points(DIALLED, 0.01)
+    assert [(p.trial, p.tau) for p in found if p.reference] == [("t0", 0.0)]
+    assert [p.name for p in found if p.baseline] == ["t0", "t0 at τ = 0.1"]
+    assert [p.feasible for p in points([replace(DIALLED[0], dial=BASELINE_DIAL | {
+        "0.1": dialled(0.5, 0.6, 0.93, 0.61)})], 0.01)] == [True, False]  # fmt: skip
+    best = lowest_density(found, 0.01)
+    assert best is not None
+    assert (best.trial, best.tau) == ("t0", 0.1)
+
+
+@pytest.mark.parametrize("status", ["pruned", "stopped", "failed", "diverged"])
+def test_a_trial_that_did_not_complete_has_no_thresholds(status: str) -> None:
+    assert [p.tau for p in points([DIALLED[0], replace(DIALLED[1], status=status)])] == [0.0, 0.1, 0.2, 0.4, 0.0]
+
+
+def test_the_history_grows_by_a_trial_at_all_its_thresholds() -> None:
+    found = points(DIALLED, 0.05)
+    first = [p for p in found if p.trial == "t0"]
+    assert of_first(found, 1) == first
+    assert hypervolume_history(DIALLED, "rte", 0.05) == [hypervolume(first), hypervolume(found)]
+    by_hand = 0.87 * (0.40 - 0.30) + 0.88 * (0.60 - 0.40) + 0.89 * (0.99 - 0.60) + 0.90 * (1 - 0.99)
+    assert hypervolume(found) == pytest.approx(by_hand)
+
+
+def test_front_csv_names_the_threshold_of_every_point(tmp_path: Path) -> None:
+    found = points(DIALLED, 0.05)
+    with write_front_csv(tmp_path / "front.csv", {"rte": front(found)}).open() as stream:
+        rows = [(row["trial"], float(row["tau"]), float(row["density"])) for row in csv.DictReader(stream)]
+    assert rows == [("t1", 0.2, 0.30), ("t0", 0.2, 0.40), ("t0", 0.1, 0.60), ("t0", 0.0, 0.99)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_chosen_thresholds_against_brute_force(seed: int) -> None:
+    dice = random.Random(seed)
+    coarse = [index / 8 for index in range(9)]
+    taus = ["0", "0.01", "0.1", "0.3", "1", "3"]
+    dial = {tau: dialled(0.5, 0.5, dice.choice(coarse), dice.choice(coarse)) for tau in taus}
+    limit = dice.choice([None, 0.25])
+    before = make_record("b", 0.9, 0.9, baseline=True, dial={"0": dialled(0.9, 0.9, 0.75, 0.9)})
+    want = []
+    for place, tau in enumerate(taus[1:], start=1):
+        mine = dial[tau]["calibration_score"], dial[tau]["calibration_density"]
+        for index, other in enumerate(taus):
+            theirs = dial[other]["calibration_score"], dial[other]["calibration_density"]
+            if theirs[0] >= mine[0] and theirs[1] <= mine[1] and (theirs != mine or index < place):
+                break
+        else:
+            if limit is None or 0.75 - mine[0] <= limit:
+                want.append(float(tau))
+    assert chosen_taus(make_record("t", 0.5, 0.5, dial=dial), before, limit) == want

@@ -311,3 +311,19 @@ def test_fingerprints_tell_configurations_apart(trial: Trial) -> None:
 
     assert fingerprint(trial()) == fingerprint(trial())
     assert len({fingerprint(spec) for spec in specs}) == len(specs)
+
+
+def test_the_dial_is_turned_at_the_end_and_at_rungs_where_it_is_judged(trial: Trial, serve: Any) -> None:
+    dial = {"dial__taus": [0.01, 0.1], "dial__calibration_examples": 5}
+    rows = serve(Inbox(trial(train__steps=4, train__evaluations=2, rungs=(0.25,), judged_at=0.1, **dial)))
+    turned = {row["step"]: list(row["dial"]) for row in rows if row["kind"] == "eval"}
+    assert turned == {1: ["0", "0.1"], 2: ["0", "0.1"], 4: ["0", "0.01", "0.1"]}
+    end = rows[-1]
+    assert end["dial"]["0"]["score"] == end["score"]
+    assert {"score", "density", "calibration_score", "calibration_density"} == end["dial"]["0.1"].keys()
+
+    exact = serve(Inbox(trial(train__steps=4, trial="t0001", rungs=(0.25,), **dial)))
+    assert {row["step"]: list(row["dial"]) for row in exact if row["kind"] == "eval"} == {
+        1: [],
+        4: ["0", "0.01", "0.1"],
+    }

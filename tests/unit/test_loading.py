@@ -22,7 +22,9 @@ train:
   steps: 10
 """
 MODEL, ADAPTER, DEFT = (", ".join(section.model_fields) for section in (ModelSection, AdapterSection, DeftSection))
-SECTIONS = "name, model, data, adapter, deft, train, search, constraint, budget, resources, tracking, baseline, storage"
+SECTIONS = (
+    "name, model, data, adapter, deft, dial, train, search, constraint, budget, resources, tracking, baseline, storage"
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:

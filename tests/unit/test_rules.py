@@ -555,3 +555,74 @@ def test_a_grid_that_nobody_would_list_is_refused() -> None:
     )
     what = "a grid has at most 100,000 points (got 160,000); take 'random' or 'tpe'"
     assert found == [(("search", "sampler"), what)]
+
+
+# --- the threshold dial, and what the search is about -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dial", "fault"),
+    [
+        ({"taus": [0.1, 0.2, 0.1]}, (("dial", "taus", 2), "threshold stands twice (got 0.1)")),
+        ({"taus": [0.1, 0.10000001]}, (("dial", "taus", 1), "threshold stands twice (got 0.10000001)")),
+        ({"taus": [0.0]}, (("dial", "taus", 0), "must be above 0 (got 0.0)")),
+        (
+            {"taus": [0.1], "calibration_examples": 300},
+            (
+                ("dial", "calibration_examples"),
+                "must be below data.train_examples = 300, from which they are held out (got 300)",
+            ),
+        ),
+    ],
+)
+def test_a_dial_that_cannot_be_is_named(dial: dict[str, Any], fault: Fault) -> None:
+    assert faults_of(dial=dial, data={"tasks": ["nano-sentiment"], "train_examples": 300}) == [fault]
+
+
+def test_without_thresholds_nothing_is_held_out() -> None:
+    assert faults_of(data={"tasks": ["nano-sentiment"], "train_examples": 50}) == []
+
+
+NAMES = "score, density, density@0.1, density@0.25"
+
+
+@pytest.mark.parametrize(
+    ("objectives", "path", "message"),
+    [
+        (["score", "density"], (), "every objective needs its direction: {score: max, density: min}"),
+        ({"score": None, "density": "min"}, (), "every objective needs its direction: {score: max, density: min}"),
+        ({"score": "up", "density": "min"}, ("score",), "must be 'max' or 'min' (got \"up\")"),
+        (
+            {"scores": "max", "density": "min"},
+            ("scores",),
+            f"unknown objective; did you mean 'score'? allowed: {NAMES}",
+        ),
+        (
+            {"score": "max", "density@0.2": "min"},
+            ("density@0.2",),
+            f"unknown objective; did you mean 'density@0.25'? allowed: {NAMES}",
+        ),
+        ({"score": "max", "density": "max"}, ("density",), "can only be 'min' (got \"max\")"),
+        ({"score": "max"}, (), f"must be the score and one density (got score); one of {NAMES}"),
+        (
+            {"density": "min", "density@0.1": "min"},
+            (),
+            f"must be the score and one density (got density, density@0.1); one of {NAMES}",
+        ),
+    ],
+)
+def test_objectives_are_a_score_and_a_density(objectives: Any, path: tuple[str, ...], message: str) -> None:
+    found = faults_of(dial={"taus": [0.1, 0.25]}, search={"objectives": objectives})
+    assert [fault[0] for fault in found] == [("search", "objectives", *path)]
+    assert message in found[0][1]
+
+
+def test_a_thresholded_density_needs_the_dial() -> None:
+    found = faults_of(search={"objectives": {"score": "max", "density@0.1": "min"}})
+    assert found == [
+        (
+            ("search", "objectives", "density@0.1"),
+            "unknown objective; did you mean 'density'? allowed: score, density; density@τ needs dial.taus",
+        )
+    ]
+    assert faults_of(dial={"taus": [0.1]}, search={"objectives": {"score": "max", "density@0.1": "min"}}) == []

@@ -6,6 +6,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -21,6 +22,8 @@ from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.schedule import Schedule
 from deft_ray.sweep.searcher import TaskSearch, changes
+from deft_ray.sweep.tuning import RungScheduler
+from tests.tiny import tiny_trial
 
 TASK = "nano-sentiment"
 SPACE: dict[str, Any] = {
@@ -258,3 +261,59 @@ def test_the_sampler_keeps_away_from_what_breaks_the_limit(tmp_path: Path, sampl
 
     assert sum(alpha > 5 for alpha in late) / len(late) < 0.2, "three fifths of what chance would ask for"
     assert sum(0.2 < alpha <= 1 for alpha in late) / len(late) > 0.35, "twice what chance would ask for"
+
+
+# --- a thresholded density --------------------------------------------------------------------------------------------
+
+
+def test_a_search_at_a_threshold_is_told_score_and_density_there(tmp_path: Path) -> None:
+    """The baseline stays as it was trained: a threshold may not lower what is compared with."""
+    tree = {
+        "name": "s",
+        "data": {"tasks": [TASK]},
+        "dial": {"taus": [0.1, 0.3]},
+        "deft": {"alpha": {"uniform": [0.1, 1]}},
+        "train": {"steps": 1},
+        "search": {"trials": 3, "objectives": {"score": "max", "density@0.3": "min"}},
+        "constraint": {"max_score_drop": 0.1},
+    }
+    spec, faults = check_tree(tree)
+    assert spec is not None, faults
+    search = TaskSearch(spec, TASK, tmp_path)
+    baseline = record(score=0.9, density=0.99, baseline=True, dial={"0.3": {"score": 0.7, "density": 0.2}})
+    dials = ({"0.1": (0.87, 0.5), "0.3": (0.85, 0.25)}, {"0.3": (0.6, 0.1)}, {})
+    ends = [
+        record(score=0.88, dial={tau: {"score": at[0], "density": at[1]} for tau, at in dial.items()}) for dial in dials
+    ]
+    for number, end in enumerate(ends):
+        search.point(number)
+        search.tell(number, [end], [baseline])
+
+    first, second, third = told(tmp_path)
+    assert first.values == pytest.approx([-0.05, 0.25])
+    assert first.user_attrs["ending"] == "complete"
+    assert second.values == pytest.approx([-0.3, 0.1])
+    assert second.user_attrs["ending"] == "infeasible"
+    assert third.user_attrs["ending"] == "failed"
+
+
+def test_a_rung_judges_at_the_threshold_and_the_baseline_as_it_is() -> None:
+    judged: list[dict[str, Any]] = []
+
+    class Judge:
+        def arrive(self, **arrival: Any) -> bool:
+            judged.append(arrival)
+            return len(judged) < 3
+
+    def trial(name: str, alpha: float) -> Any:
+        spec = tiny_trial(Path("m"), "bert", None, TASK, trial=name, deft__alpha=alpha, judged_at=0.1, dial__taus=[0.1])
+        return SimpleNamespace(config={"trial": name, "spec": spec.model_dump_json()})
+
+    row = {"kind": "eval", "rung": 0, "step": 2, "score": 0.8, "density": 0.9}
+    row |= {"dial": {"0": {"score": 0.8, "density": 0.9}, "0.1": {"score": 0.75, "density": 0.4}}}
+    scheduler = RungScheduler(Judge())  # type: ignore[arg-type]
+    trials = [trial(f"t{number}", float(number)) for number in range(3)]
+    answers = [scheduler.on_trial_result(None, one, {"rows": [row]}) for one in trials]
+    seen = [(arrival["trial"], arrival["score"], arrival["density"]) for arrival in judged]
+    assert seen == [("t0", 0.8, 0.9), ("t1", 0.75, 0.4), ("t2", 0.75, 0.4)]
+    assert answers == ["CONTINUE", "CONTINUE", "STOP"]
