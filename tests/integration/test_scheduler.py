@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -15,11 +16,12 @@ name: rungs
 model: {{name: {model}, family: bert}}
 data: {{dir: {data}, tasks: [sst2], max_source_tokens: 48}}
 deft: {{alpha: {{loguniform: [0.1, 30]}}, epsilon: {{loguniform: [1e-5, 1e-1]}}}}
+dial: {{taus: [0.01, 0.05], calibration_examples: 8}}
 train: {{steps: 18, batch_size: 16, learning_rate: 3e-3, checkpoint_every_s: 0}}
-search: {{trials: 7, scheduler: mo_asha, max_concurrent: 1}}
+search: {{trials: 7, scheduler: mo_asha, max_concurrent: 1, objectives: {{score: max, density@0.05: min}}}}
 constraint: {{max_score_drop: 0.2}}
 """
-SAME = ("trial", "status", "score", "density", "steps", "config")
+SAME = ("trial", "status", "score", "density", "dial", "steps", "config")
 
 
 def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path) -> None:
@@ -38,7 +40,9 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
     assert {record["trial"] for record in pruned} == stopped.keys()
     for record in pruned:
         last = stopped[record["trial"]]
-        assert (record["steps"], record["score"], record["density"]) == (last["step"], last["score"], last["density"])
+        judged = record["dial"]["0.05"]
+        assert (record["steps"], judged["score"], judged["density"]) == (last["step"], last["score"], last["density"])
+        assert judged["density"] < record["density"]
         assert record["steps"] in (2, 6)
         assert record["cause"] == f"stopped by the scheduler after step {record['steps']}"
         assert record["wall_s"] > record["times"]["train_s"] + record["times"]["eval_s"] > 0
@@ -49,6 +53,12 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
         f"{len(pruned)} trials pruned: {8 * 18 - saved} steps trained, {saved} (" in (whole / "report.md").read_text()
     )
     assert not {row["trial"] for row in arrivals(whole) if row["baseline"]} & stopped.keys()
+
+    with (whole / "front.csv").open() as stream:
+        points = {(row["trial"], row["tau"]) for row in csv.DictReader(stream)}
+    assert {float(tau) for _, tau in points} <= {0.0, 0.01, 0.05}
+    assert any(float(tau) for _, tau in points), "a threshold is on the front"
+    assert "of the baseline with thresholds alone" in (whole / "report.md").read_text()
 
     early = sweep(spec, cut, "--set", "budget.steps=20")
     assert early.returncode == 0, early.stdout + early.stderr

@@ -12,7 +12,14 @@ from tests.tiny import write_glue, write_squad, write_tiny_roberta, write_tiny_t
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, when its database is read
 
-SHRUNK = ("train.steps=2", "train.epochs=null", "search.trials=1", "resources.hosts=1", "resources.gpus_per_worker=0")
+SHRUNK = (
+    "train.steps=2",
+    "train.epochs=null",
+    "search.trials=1",
+    "resources.hosts=1",
+    "resources.gpus_per_worker=0",
+    "dial.calibration_examples=6",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,8 @@ def test_shipped_spec_runs_to_the_end(name: str, family: str, tasks: int, data: 
     assert len(found) == 2 * tasks
     assert {record["status"] for record in found} == {"complete"}
     assert all(0 <= record["density"] <= 1 for record in found)
+    assert all(0 <= at["density"] <= record["density"] for record in found for at in record["dial"].values())
+    assert {len(record["dial"]) for record in found} == {3 if name == "squad" else 5}, "0 and the spec's thresholds"
     with (output / "front.csv").open() as stream:
         assert {row["task"] for row in csv.DictReader(stream)} == {record["task"] for record in found}
     for record in found:

@@ -70,7 +70,7 @@ def test_the_baseline_has_no_density_loss_and_its_own_values(spec: SweepSpec) ->
 def test_a_flat_trial_is_complete_and_survives_json(spec: SweepSpec) -> None:
     flat = resolve_trial(spec, "t", "rte", 3, SAMPLE).flat()
     assert json.loads(json.dumps(flat)) == flat
-    assert {dotted.partition(".")[0] for dotted in flat} == {"model", "data", "adapter", "deft", "train"}
+    assert {dotted.partition(".")[0] for dotted in flat} == {"model", "data", "adapter", "deft", "dial", "train"}
 
 
 def test_values_that_are_lacking_are_named(spec: SweepSpec) -> None:
