@@ -11,6 +11,8 @@ from statistics import median
 from typing import Any
 
 from deft_ray.results import figures
+from deft_ray.results.figure_html import draw_html
+from deft_ray.results.figure_png import draw_png
 from deft_ray.results.files import file_stem, write_text
 from deft_ray.results.front import (
     Point,
@@ -81,8 +83,8 @@ def write_figures(
     figure = figures.front_figure_data(records, task, max_score_drop, model)
     stem = file_stem("pareto", task)
     return [
-        figures.draw_html(figure, Path(run_dir) / f"{stem}.html"),
-        figures.draw_png(figure, Path(run_dir) / f"{stem}.png"),
+        draw_html(figure, Path(run_dir) / f"{stem}.html"),
+        draw_png(figure, Path(run_dir) / f"{stem}.png"),
         figures.write_csv(figure, Path(run_dir) / f"{stem}.csv"),
     ]
 

@@ -103,7 +103,21 @@ def check_rules(
     data = (_tasks, _own, _windows, _images)
     adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
     deft = (_approximation, _alpha_schedule, _deft_leaves)
-    rules = (*data, *model, *adapter, *deft, _length, _batch, _baseline, _seeds, _try_first, _grid, _dial, _objectives)
+    rules = (
+        *data,
+        *model,
+        *adapter,
+        *deft,
+        _length,
+        _batch,
+        _baseline,
+        _seeds,
+        _try_first,
+        _grid,
+        _rungs,
+        _dial,
+        _objectives,
+    )
     faults = [fault for rule in rules for fault in rule(view)]
     if machine is not None:
         faults += _resources(view, machine)
@@ -368,6 +382,23 @@ def _grid(view: _View) -> Iterator[Fault]:
             ("search", "sampler"),
             f"a grid has at most {_LARGEST_GRID:,} points (got {size:,}); take 'random' or 'tpe'",
         )
+
+
+def _rungs(view: _View) -> Iterator[Fault]:
+    """Rungs are for a scheduler, and lie before a trial's last step."""
+    scheduler = view.get("search.scheduler", "none")
+    if scheduler == "none":
+        for leaf in ("first_rung", "reduction_factor"):
+            value, default = view.get(f"search.{leaf}"), SearchSection.model_fields[leaf].default
+            if value not in (None, default):
+                yield ("search", leaf), f"is read by no trial (got {show(value)}); needs scheduler mo_asha or asha"
+        return
+    first = view.get("search.first_rung", 1 / 9)
+    for path, steps in _all_values(view, "train.steps", None):
+        if _is_count(steps) and _is_number(first) and (steps < 2 or round(first * steps) >= steps):
+            what = f"a trial of {steps} steps ends before the first rung, {first:g} of them (got {show(steps)})"
+            yield path, f"{what}; give more steps, a smaller search.first_rung, or scheduler none"
+            return
 
 
 def _dial(view: _View) -> Iterator[Fault]:

@@ -163,7 +163,7 @@ class SearchSection(Section):
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     try_first: list[dict[str, Scalar]] = []
-    scheduler: Literal["none", "mo_asha"] = "none"
+    scheduler: Literal["none", "mo_asha", "asha"] = "none"
     first_rung: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 9
     reduction_factor: Annotated[float, Field(ge=1.5)] = 3.0
     max_concurrent: Positive | None = None

@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument("--resume", action="store_true", help="continue the sweep in the run directory")
+    parser.add_argument("--extend", action="store_true", help="continue it with more search.trials than it began with")
     parser.add_argument("--output", metavar="DIR", type=Path, help="run directory (default: runs/<name>)")
     parser.add_argument(
         "--address", metavar="ADDR", help="Ray cluster to run on: auto, or host:port (default: this machine)"
@@ -70,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     from deft_ray.sweep.runner import run_sweep
 
-    run_sweep(spec, output, resume=options.resume, address=options.address)
+    run_sweep(spec, output, resume=options.resume, extend=options.extend, address=options.address)
     return 0
 
 

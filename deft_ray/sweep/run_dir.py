@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from deft_ray.errors import SetupError
+from deft_ray.spec.loading import check_tree
 from deft_ray.spec.plan import Plan
 from deft_ray.spec.resolve import to_tree
 from deft_ray.spec.schema import SweepSpec
@@ -48,8 +49,12 @@ class RunDir:
         if os.path.lexists(self.path) and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SetupError(f"{self.path}: is not an empty folder; give another one with --output")
 
-    def check_same(self, spec: SweepSpec) -> None:
+    def check_same(self, spec: SweepSpec, extend: bool = False) -> None:
         """Check that the sweep here is the one that is to be continued.
+
+        Args:
+            spec: What it is to be continued with.
+            extend: Whether there are to be more trials than before.
 
         Raises:
             SetupError: If there is none, or with every leaf that differs.
@@ -59,12 +64,15 @@ class RunDir:
         if not self.plan.is_file() or not self.spec.is_file():
             raise SetupError(f"{self.path}: holds no sweep to continue; start one without --resume")
         self._plan()
-        there = self._read_spec()
+        there = _with_defaults(self._read_spec())
         faults = [
             f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it began with"
             for path, before, here in _differences(there, _plain(spec))
-            if not path.startswith(("tracking", "budget"))
+            if not path.startswith(("tracking", "budget")) and not (extend and path == "search.trials")
         ]
+        before, here = there.get("search", {}).get("trials"), spec.search.trials
+        if extend and (not isinstance(before, int) or here <= before):
+            faults.append(f"{self.path}: search.trials: is {here} now, was {before}; --extend needs more than before")
         if faults:
             raise SetupError("\n".join(faults))
 
@@ -83,6 +91,12 @@ class RunDir:
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
         os.replace(aside, self.plan)
+
+    def extend(self, spec: SweepSpec, plan: Plan) -> None:
+        """Write the spec and the plan of more trials in the place of the old ones; the sweep stays the same."""
+        content = {"sweep_id": self.sweep_id, **plan.to_json()}
+        self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
+        self._write(self.plan, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @property
     def begun(self) -> bool:
@@ -140,6 +154,12 @@ class RunDir:
 
 def _aside(file: Path) -> Path:
     return file.with_name(f".{file.name}.new")
+
+
+def _with_defaults(tree: dict[str, Any]) -> Any:
+    """A spec as it was written, with the leaves that have come into being since; as it is where it is no spec now."""
+    spec, _ = check_tree(tree)
+    return tree if spec is None else _plain(spec)
 
 
 def _plain(spec: SweepSpec) -> Any:

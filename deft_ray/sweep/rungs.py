@@ -13,14 +13,15 @@ The score limit is judged against the baseline of the same task and seed *at the
 in the middle of its training.
 
 Every arrival is written to a journal with its decision, before anybody acts on it. So a trial that comes to a rung
-again, after a resume, gets the same answer, and later ones meet the same company.
+again, after a resume, gets the same answer, and later ones meet the same company. Who is judged by the score alone, by
+Ray Tune's ASHA, is judged with the same journal.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,10 @@ class Arrival:
     goes_on: bool
 
 
+#: Tells of an arrival whether it trains on, by those that came to the rung before it and by η.
+Decide = Callable[[Sequence[Arrival], Arrival, float], bool]
+
+
 class Rungs:
     """Decides about every arrival of a sweep.
 
@@ -70,10 +75,14 @@ class Rungs:
         reduction_factor: η: one of so many trains on.
         max_score_drop: The score limit; None for none.
         journal: File of the arrivals so far; they are taken up.
+        decide: How; by both objectives if not given.
     """
 
-    def __init__(self, reduction_factor: float, max_score_drop: float | None, journal: Path) -> None:
+    def __init__(
+        self, reduction_factor: float, max_score_drop: float | None, journal: Path, decide: Decide | None = None
+    ) -> None:
         self._factor, self._limit, self._journal = reduction_factor, max_score_drop, journal
+        self._decide = decide or is_among_the_best
         self._arrivals: dict[tuple[str, int], Arrival] = {}
         for line in _whole_lines(journal):
             arrival = Arrival(**json.loads(line))
@@ -93,9 +102,7 @@ class Rungs:
         mine = Arrival(task, trial, seed, baseline, rung, step, score, density, missed, True)
         if not baseline:
             others = [a for a in self._arrivals.values() if (a.task, a.rung, a.baseline) == (task, rung, False)]
-            place = order([*others, mine]).index(len(others))
-            kept = max(1, int((len(others) + 1) / self._factor))
-            mine = replace(mine, goes_on=place < kept)
+            mine = replace(mine, goes_on=self._decide(others, mine, self._factor))
         self._write(mine)
         self._arrivals[trial, rung] = mine
         return mine.goes_on
@@ -128,6 +135,12 @@ def _whole_lines(journal: Path) -> list[str]:
     if len(whole) < len(content):
         os.truncate(journal, len(whole))
     return whole.decode("utf-8").splitlines()
+
+
+def is_among_the_best(others: Sequence[Arrival], mine: Arrival, factor: float) -> bool:
+    """Tell whether an arrival is among the best 1/η of its rung, itself counted."""
+    place = order([*others, mine]).index(len(others))
+    return place < max(1, int((len(others) + 1) / factor))
 
 
 def order(arrivals: Sequence[Arrival]) -> list[int]:
@@ -164,8 +177,15 @@ def epsilon_net(points: np.ndarray) -> list[int]:
     return chosen
 
 
-def build_rungs(spec: SweepSpec, folder: Path) -> Rungs | None:
-    """Return the rungs of a sweep that has them; their journal lies in ``folder``."""
-    if spec.search.scheduler != "mo_asha":
+def build_rungs(spec: SweepSpec, folder: Path, single: Decide) -> Rungs | None:
+    """Return the rungs of a sweep that has them; their journal lies in ``folder``.
+
+    Args:
+        spec: The sweep's spec.
+        folder: Of the journal.
+        single: How ``asha`` decides.
+    """
+    if spec.search.scheduler == "none":
         return None
-    return Rungs(spec.search.reduction_factor, spec.constraint.max_score_drop, folder / "rungs.jsonl")
+    decide = single if spec.search.scheduler == "asha" else is_among_the_best
+    return Rungs(spec.search.reduction_factor, spec.constraint.max_score_drop, folder / "rungs.jsonl", decide)

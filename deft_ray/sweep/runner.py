@@ -50,14 +50,20 @@ _END_S = 30.0
 _log = logging.getLogger(__name__)
 
 
-def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool) -> None:
+def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool, extend: bool = False) -> None:
     """Check what the spec points at, before anything is started or written.
+
+    Args:
+        spec: A checked spec.
+        run_dir: Where to; new, or with ``resume`` or ``extend`` the sweep to continue.
+        resume: Continue the sweep there.
+        extend: Continue it with more trials.
 
     Raises:
         SetupError: With all faults found in the output folder, the model folder and the data folder.
     """
     faults = []
-    checks = [lambda: run_dir.check_same(spec) if resume else run_dir.check_new()]
+    checks = [lambda: run_dir.check_same(spec, extend) if resume or extend else run_dir.check_new()]
     if spec.model.name != NANO and os.path.isdir(spec.model.name):
         checks.append(lambda: check_model_folder(Path(spec.model.name), images=FAMILY_KINDS[spec.family] == ("image",)))
     tasks = [find_task(name, spec.data) for name in spec.data.tasks]
@@ -94,13 +100,16 @@ def _absolute(path: str) -> str:
     return str(Path(os.path.expanduser(path)).resolve())
 
 
-def run_sweep(spec: SweepSpec, output: Path, *, resume: bool = False, address: str | None = None) -> RunDir:
+def run_sweep(
+    spec: SweepSpec, output: Path, *, resume: bool = False, extend: bool = False, address: str | None = None
+) -> RunDir:
     """Run a sweep to its end.
 
     Args:
         spec: A checked spec.
-        output: Run directory; new, or with ``resume`` the one to continue.
+        output: Run directory; new, or with ``resume`` or ``extend`` the one to continue.
         resume: Continue the sweep in ``output``.
+        extend: Continue it with more ``search.trials`` than it began with.
         address: Ray cluster to run on (``auto``, or host:port); None starts Ray on this machine.
 
     Returns:
@@ -113,11 +122,13 @@ def run_sweep(spec: SweepSpec, output: Path, *, resume: bool = False, address: s
     """
     spec = with_absolute_paths(spec)
     run_dir = RunDir(output)
-    preflight(spec, run_dir, resume)
+    preflight(spec, run_dir, resume, extend)
     machine = this_machine()
     plan = build_plan(spec, str(output), machine)
     if not run_dir.begun:
         run_dir.create(spec, plan)
+    elif extend:
+        run_dir.extend(spec, plan)
     for name, value in (_ENVIRONMENT | ({} if address else _OWN_RAY)).items():
         os.environ.setdefault(name, value)
     return _Sweep(spec, run_dir, plan, address).run()
@@ -273,13 +284,13 @@ class _Sweep:
         from ray import tune
 
         from deft_ray.sweep.rungs import build_rungs
-        from deft_ray.sweep.tuning import BookKeeper, RungScheduler, ScheduleSearcher, build_trainable
+        from deft_ray.sweep.tuning import BookKeeper, RungScheduler, ScheduleSearcher, asha_lets_on, build_trainable
 
         tuner = tune.Tuner(
             build_trainable(dispatcher, {"cpu": 0, **near_driver}),
             tune_config=tune.TuneConfig(
                 search_alg=ScheduleSearcher(self._next_trial),
-                scheduler=RungScheduler(build_rungs(self.spec, self.run_dir.search)),
+                scheduler=RungScheduler(build_rungs(self.spec, self.run_dir.search, asha_lets_on)),
                 num_samples=-1,
                 reuse_actors=True,
                 max_concurrent_trials=self.spec.search.max_concurrent or slots + 1,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from deft_ray.metrics import tau_key
 from deft_ray.spec.schema import TrialSpec
-from deft_ray.sweep.rungs import Rungs
+from deft_ray.sweep.rungs import Arrival, Rungs
 from deft_ray.sweep.schedule import Nothing
 
 _log = logging.getLogger(__name__)
@@ -103,6 +104,21 @@ class RungScheduler(_StaysHere, FIFOScheduler):
             score=at_tau["score"],
             density=at_tau["density"],
         )
+
+
+def asha_lets_on(others: Sequence[Arrival], mine: Arrival, factor: float) -> bool:
+    """Ask Ray Tune's ASHA, which looks at the score alone, whether an arrival trains on.
+
+    Asked anew for each arrival, with those before it, so that a resumed sweep needs none of its state.
+    """
+    scheduler = AsyncHyperBandScheduler("rung", "score", "max", max_t=2, grace_period=1, reduction_factor=factor)
+    answer = ""
+    for arrival in (*others, mine):
+        trial: Any = SimpleNamespace(trial_id=arrival.trial)
+        result = {"rung": 1, "score": arrival.score}
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]  # it asks the controller for nothing
+        answer = scheduler.on_trial_result(None, trial, result)  # type: ignore[arg-type]
+    return answer == TrialScheduler.CONTINUE
 
 
 def build_trainable(dispatcher: Any, resources: dict[str, float]) -> Any:

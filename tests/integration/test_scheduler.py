@@ -73,6 +73,11 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
     assert [[record[key] for key in SAME] for record in records(cut)] == [[r[key] for key in SAME] for r in found]
     assert arrivals(cut) == arrivals(whole)
 
+    more = sweep(spec, cut, "--extend", "--set", "search.trials=8")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert [[record[key] for key in SAME] for record in records(cut)[:8]] == [[r[key] for key in SAME] for r in found]
+    assert [record["trial"] for record in records(cut)[8:]] == ["t0008"]
+
 
 def arrivals(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "search" / "rungs.jsonl").read_text().splitlines()]

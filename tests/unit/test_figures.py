@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from deft_ray.errors import RecordsError
-from deft_ray.results.figures import FrontFigure, Mark, draw_html, draw_png, front_figure_data, short, write_csv
+from deft_ray.results.figure_html import draw_html
+from deft_ray.results.figure_png import draw_png
+from deft_ray.results.figures import FrontFigure, Mark, front_figure_data, short, write_csv
 from deft_ray.results.records import Record
 
 

@@ -82,10 +82,10 @@ def snapshot(folder: Path) -> dict[str, str]:
 def faults_of(tmp_path: Path) -> Callable[..., list[str]]:
     """Run the checks, and see that they leave every file as it was; the folder's own path is left out of the faults."""
 
-    def check(spec: SweepSpec, output: str = "out", *, resume: bool = False) -> list[str]:
+    def check(spec: SweepSpec, output: str = "out", *, resume: bool = False, extend: bool = False) -> list[str]:
         before = snapshot(tmp_path)
         with pytest.raises(SetupError) as caught:
-            preflight(spec, RunDir(tmp_path / output), resume)
+            preflight(spec, RunDir(tmp_path / output), resume, extend)
         assert snapshot(tmp_path) == before
         return str(caught.value).replace(f"{tmp_path}/", "").split("\n")
 
@@ -249,6 +249,41 @@ def test_every_leaf_that_has_changed_since_is_told(tmp_path: Path, faults_of: Ca
         f"out: storage: is 's3://b' now, was None; {told}",
         f"out: train.steps: is 20 now, was 10; {told}",
     ]
+
+
+def test_a_spec_of_before_a_leaf_came_into_being_is_the_same(
+    tmp_path: Path, faults_of: Callable[..., list[str]]
+) -> None:
+    write_sweep(tmp_path / "out", spec_of())
+    file = tmp_path / "out" / "spec.yaml"
+    tree = yaml.safe_load(file.read_text())
+    del tree["dial"], tree["search"]["scheduler"]
+    file.write_text(yaml.safe_dump(tree))
+    preflight(spec_of(), RunDir(tmp_path / "out"), resume=True)
+    told = "a sweep is continued with the spec it began with"
+    assert faults_of(spec_of(dial={"taus": [0.1]}), resume=True) == [
+        f"out: dial.taus: is [0.1] now, was []; {told}",
+    ]
+
+
+def test_a_sweep_is_extended_by_trials_alone(tmp_path: Path, faults_of: Callable[..., list[str]]) -> None:
+    run_dir = write_sweep(tmp_path / "out", spec_of(search={"trials": 4}))
+    identity = run_dir.sweep_id
+    more = spec_of(search={"trials": 6})
+    told = "a sweep is continued with the spec it began with"
+    assert faults_of(more, resume=True) == [f"out: search.trials: is 6 now, was 4; {told}"]
+    for fewer in (3, 4):
+        needs = f"out: search.trials: is {fewer} now, was 4; --extend needs more than before"
+        assert faults_of(spec_of(search={"trials": fewer}), extend=True) == [needs]
+    other = spec_of(search={"trials": 6}, train={"steps": 20})
+    assert faults_of(other, extend=True) == [f"out: train.steps: is 20 now, was 10; {told}"]
+    preflight(more, RunDir(tmp_path / "out"), resume=False, extend=True)
+
+    run_dir.extend(more, build_plan(more, "out", Machine(2, 0)))
+    assert run_dir.sweep_id == identity
+    preflight(more, RunDir(tmp_path / "out"), resume=True)
+    assert yaml.safe_load(run_dir.spec.read_text())["search"]["trials"] == 6
+    assert json.loads(run_dir.plan.read_text())["trials"] == 7
 
 
 @pytest.mark.parametrize("present", [None, "out", "out/notes.txt", "out/spec.yaml", "out/plan.json"])

@@ -626,3 +626,22 @@ def test_a_thresholded_density_needs_the_dial() -> None:
         )
     ]
     assert faults_of(dial={"taus": [0.1]}, search={"objectives": {"score": "max", "density@0.1": "min"}}) == []
+
+
+# --- rungs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("leaf", "value"), [("first_rung", 0.25), ("reduction_factor", 2.0)])
+def test_rungs_without_a_scheduler_are_a_misunderstanding(leaf: str, value: float) -> None:
+    what = f"is read by no trial (got {value:g}); needs scheduler mo_asha or asha"
+    assert faults_of(search={leaf: value}) == [(("search", leaf), what.replace("2)", "2.0)"))]
+    assert faults_of(search={leaf: value, "scheduler": "asha"}) == []
+
+
+@pytest.mark.parametrize(("steps", "first"), [(1, 1 / 9), (2, 0.9), (10, 0.96)])
+def test_a_first_rung_that_no_trial_reaches_is_named(steps: int, first: float) -> None:
+    message = f"a trial of {steps} steps ends before the first rung, {first:g} of them (got {steps}); give more steps, "
+    message += "a smaller search.first_rung, or scheduler none"
+    search = {"scheduler": "mo_asha", "first_rung": first}
+    assert faults_of(search=search, train={"steps": steps}) == [(("train", "steps"), message)]
+    assert faults_of(search=search | {"first_rung": 0.5}, train={"steps": max(steps, 2)}) == []

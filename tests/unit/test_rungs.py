@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from deft_ray.sweep.rungs import Arrival, Rungs, epsilon_net, order
+from deft_ray.sweep.tuning import asha_lets_on
 
 Row = dict[str, Any]
 
@@ -158,3 +159,27 @@ def test_the_net_spreads() -> None:
     assert epsilon_net(line)[:3] == [0, 8, 4]
     assert sorted(epsilon_net(line)) == list(range(9))
     assert epsilon_net(np.zeros((4, 2))) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 3.0, 4.0])
+def test_ray_s_asha_lets_on_who_reaches_the_quantile_of_the_scores_before_it(tmp_path: Path, factor: float) -> None:
+    """Whatever the density; after a resume as before it."""
+    dice = random.Random(str(factor))
+    scores = [round(dice.random(), 2) for _ in range(40)]
+    rungs = Rungs(factor, None, tmp_path / "rungs.jsonl", asha_lets_on)
+    for number, score in enumerate(scores):
+        if number == 20:
+            rungs = Rungs(factor, None, tmp_path / "rungs.jsonl", asha_lets_on)
+        before = sorted(scores[:number])
+        got = rungs.arrive(
+            task="t", trial=f"t{number}", seed=0, baseline=False, rung=0, step=1, score=score, density=dice.random()
+        )
+        assert got == (not before or score >= quantile(before, 1 - 1 / factor)), number
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Linear between the two nearest of the sorted values."""
+    place = share * (len(values) - 1)
+    low = min(int(place), len(values) - 1)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
