@@ -86,9 +86,14 @@ def _mark_trace(role: str, dialled: bool, marks: Sequence[Mark]) -> dict[str, An
         "textposition": "bottom center",
         "marker": marker,
         "name": legend_of(role, dialled),
+        **{f"error_{axis}": _bars([mark.spread[place] for mark in marks]) for place, axis in enumerate("xy")},
         "hovertext": [_hover(mark) for mark in marks],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }
+
+
+def _bars(lengths: Sequence[float]) -> dict[str, Any]:
+    return {"type": "data", "array": list(lengths), "visible": any(lengths), "thickness": 1, "color": DARK}
 
 
 def _hover(mark: Mark) -> str:

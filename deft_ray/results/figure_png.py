@@ -90,6 +90,13 @@ def _draw_marks(axes: Any, figure: FrontFigure) -> None:
     }
     for role, dialled, own in groups_of(figure, styles):
         style = styles[role] | ({"marker": "D", "s": 0.7 * styles[role]["s"]} if dialled else {})
+        spread = [mark for mark in own if any(mark.spread)]
+        if spread:
+            bars = [[mark.spread[place] for mark in spread] for place in (0, 1)]
+            axes.errorbar(
+                [m.density for m in spread], [m.score for m in spread], xerr=bars[0], yerr=bars[1], fmt="none",
+                ecolor=DARK, elinewidth=0.8, capsize=2, zorder=style["zorder"] - 0.5,
+            )  # fmt: skip
         axes.scatter([m.density for m in own], [m.score for m in own], label=legend_of(role, dialled), **style)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.results.files import write_text
-from deft_ray.results.front import Point, front, hypervolume, points, to_csv, varying
+from deft_ray.results.front import front, hypervolume, points, to_csv, varying
+from deft_ray.results.points import Point, merge
 from deft_ray.results.records import STATUSES, Record
 
 FRONT, DOMINATED, INFEASIBLE, BASELINE = "front", "dominated", "infeasible", "baseline"
@@ -37,6 +38,7 @@ class Mark:
         role: ``front``, ``dominated``, ``infeasible`` or ``baseline``.
         on_front: Whether it stands on the front; a baseline can.
         tau: Its threshold; 0 where density is of exact zeros.
+        spread: Standard deviations of density and score over seeds; zeros for one seed.
         detail: What a reader sees when pointing at it: (name, value) pairs.
     """
 
@@ -47,6 +49,7 @@ class Mark:
     role: str
     on_front: bool
     tau: float = 0.0
+    spread: tuple[float, float] = (0.0, 0.0)
     detail: tuple[tuple[str, str], ...] = ()
 
 
@@ -99,7 +102,7 @@ def front_figure_data(
     """
     own = [record for record in records if record.task == task]
     found = points(own, max_score_drop)
-    shown = [point for point in found if point.status == "complete" and point.measured]
+    shown = merge(found)
     dialled = any(point.tau for point in shown)
     settings = varying(found) or [name for name in (own[0].config if own else {}) if name.startswith("deft.")]
     return FrontFigure(
@@ -143,11 +146,15 @@ def _model_name(record: Record) -> str:
 
 
 def _caption(found: Sequence[Point], max_score_drop: float | None) -> str:
-    shown = [point for point in found if point.status == "complete" and point.measured]
-    trained, exact = (sum(not point.tau for point in some) for some in (found, shown))
-    parts = [f"{exact} of {trained} trials drawn", f"{sum(p.on_front for p in shown)} on the front"]
+    shown = merge(found)
+    trained = [point for point in found if not point.tau]
+    drawn = sum(point.status == "complete" and point.measured for point in trained)
+    exact = sum(not point.tau for point in shown)
+    parts = [f"{drawn} of {len(trained)} trials drawn", f"{sum(p.on_front for p in shown)} on the front"]
     if exact < len(shown):
         parts[0] += f": {exact} points of exact zeros, {len(shown) - exact} thresholded"
+    if any(point.seeds > 1 for point in shown):
+        parts.append("bars are standard deviations over seeds")
     if max_score_drop is not None:
         infeasible = sum(not p.feasible for p in shown)
         parts.append(f"{infeasible} infeasible (score drop above {max_score_drop:g})")
@@ -180,13 +187,17 @@ def _mark(point: Point, settings: Sequence[str]) -> Mark:
     detail += [("threshold τ", f"{point.tau:g}")] if point.tau else []
     detail.append(("score", f"{point.score:.4f}"))
     detail.append(("density", f"{point.density:.4f}"))
+    if point.seeds > 1:
+        detail.append(("seeds", f"{point.seeds}, score ± {point.score_std:.4f}, density ± {point.density_std:.4f}"))
+    if point.front_probability is not None:
+        detail.append(("probability of the front", f"{point.front_probability:.2f}"))
     if point.score_drop is not None:
         detail.append(("score drop", f"{point.score_drop:+.4f}"))
     if point.density_change is not None:
         detail.append(("density change", f"{100 * point.density_change:+.1f} %"))
     detail += [(name, short(point.config.get(name))) for name in settings[:_HOVER_SETTINGS]]
     shape = (point.trial, point.seed, point.density, point.score, _role(point), point.on_front, point.tau)
-    return Mark(*shape, tuple(detail))
+    return Mark(*shape, (point.density_std or 0.0, point.score_std or 0.0), tuple(detail))
 
 
 def short(value: Any) -> str:

@@ -1,185 +1,98 @@
-r"""Which trials are worth keeping: feasibility, Pareto dominance and hypervolume of one task's records.
+r"""Which points are worth keeping: Pareto dominance, hypervolume, and what users ask of a front first.
 
-Two objectives: score (more is better) and density (less is better). With P a set of trials of one task,
+Two objectives: score (more is better) and density (less is better). With P the settings of one task,
 
 .. math:: a \prec b \iff s_a \ge s_b,\ d_a \le d_b,\ (s_a, d_a) \ne (s_b, d_b)
 
-the front is the trials of P that no trial of P dominates. Two trials with the same score and the same density do not
-dominate each other: both are kept, because they are two settings between which a user may choose.
-
-Where the sweep has a threshold dial, a trial gives several points: itself, and itself with all activations of magnitude
-of at most τ set to zero. The baseline too: *PEFT + threshold* is the rival of every DEFT point. Which τ of a trial
-stand is chosen on the calibration split, which nothing was trained on and nothing is reported on.
+the front is the settings of P that none of P dominates. Two with the same score and the same density do not dominate
+each other: both are kept, because they are two between which a user may choose. A setting that was trained with several
+seeds stands at their means.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import moocore
 import numpy as np
 
-from deft_ray.errors import RecordsError
-from deft_ray.metrics import tau_key
 from deft_ray.results.files import write_text
-from deft_ray.results.records import Record, Scalar
+from deft_ray.results.points import Point, compare, is_feasible, merge, of_first
+from deft_ray.results.records import Record
 
 CSV_COLUMNS = (
-    "task", "trial", "seed", "score", "density", "score_drop", "density_change", "tau", "baseline", "steps", "dtype",
+    "task", "trial", "seed", "score", "density", "score_drop", "density_change", "tau", "seeds", "score_std",
+    "density_std", "front_probability", "baseline", "steps", "dtype",
 )  # fmt: skip
 """Columns that every table of points starts with; the settings that vary follow under their dotted names."""
 
-_ROUNDING = 1e-9
-"""A limit of 0.01 must admit 0.90 - 0.89, which is 0.010000000000000009 in floating point."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One trial as the front sees it, as it was trained or at one threshold.
-
-    Args:
-        task: Task of the trial.
-        trial: Its name within the sweep.
-        seed: Its seed.
-        status: Status of its record.
-        baseline: Whether the density loss was off.
-        score: The task's metric; None if not measured.
-        density: Density; None if not measured.
-        score_drop: Baseline score minus score; None without a usable baseline. The baseline is as it was trained.
-        density_change: (baseline density - density) / baseline density; None without a usable baseline.
-        tau: Activations of magnitude of at most this are set to zero; 0 for none.
-        feasible: Whether the score limit admits it; true where there is no limit or no baseline to judge by.
-        on_front: Whether no eligible trial of the task dominates it.
-        steps: Optimizer steps done.
-        dtype: Compute dtype.
-        config: Flat settings, dotted names.
-    """
-
-    task: str
-    trial: str
-    seed: int
-    status: str
-    baseline: bool
-    score: float | None
-    density: float | None
-    score_drop: float | None = None
-    density_change: float | None = None
-    tau: float = 0.0
-    feasible: bool = True
-    on_front: bool = False
-    steps: int = 0
-    dtype: str = ""
-    config: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
-
-    @property
-    def reference(self) -> bool:
-        """Whether it is a baseline as it was trained, which the others are compared with."""
-        return self.baseline and self.tau == 0.0
-
-    @property
-    def name(self) -> str:
-        """The trial's name, with the threshold if there is one."""
-        return f"{self.trial} at τ = {self.tau:g}" if self.tau else self.trial
-
-    @property
-    def eligible(self) -> bool:
-        """Whether it may stand on a front: complete, feasible, score and density both finite."""
-        return self.status == "complete" and self.feasible and self.measured
-
-    @property
-    def measured(self) -> bool:
-        """Whether score and density are both finite numbers."""
-        return _is_finite(self.score) and _is_finite(self.density)
-
-
-def is_feasible(score_drop: float | None, max_score_drop: float | None) -> bool:
-    """Whether the score limit admits a trial; true where there is no limit, or no baseline to judge by.
-
-    >>> is_feasible(0.90 - 0.89, 0.01), is_feasible(0.02, 0.01), is_feasible(None, 0.01)
-    (True, False, True)
-    """
-    return max_score_drop is None or score_drop is None or score_drop <= max_score_drop + _ROUNDING
+_LEAST = 1e-9
+"""A knee that bends by less is rounding."""
 
 
 def points(records: Iterable[Record], max_score_drop: float | None = None) -> list[Point]:
-    """Compare every record with the complete baseline of its task, seed and dtype.
+    """Compare every record with its baseline, and say of each point whether its setting stands on the front.
 
-    Args:
-        records: Records of one sweep, any number of tasks.
-        max_score_drop: Largest admissible baseline score minus score; None for no limit. A baseline is always feasible
-            as it was trained.
-
-    Returns:
-        For each record its point as it was trained, then those of the dial by rising τ; ``on_front`` is set within each
-        task.
-
-    Raises:
-        RecordsError: If one task was measured in more than one dtype.
+    Arguments, order and errors as of :func:`~deft_ray.results.points.compare`.
     """
-    records = list(records)
-    _check_one_dtype(records)
-    baselines = _baselines(records)
-    found = []
-    for record in records:
-        baseline = baselines.get(_peer_key(record))
-        taus = (0.0, *chosen_taus(record, baseline, max_score_drop))
-        found += [_point(record, tau, baseline, max_score_drop) for tau in taus]
-    fronts = [front([point for point in found if point.task == task]) for task in _tasks(found)]
-    chosen = {(point.task, point.trial, point.tau) for members in fronts for point in members}
-    return [replace(p, on_front=(p.task, p.trial, p.tau) in chosen) for p in found]
+    return mark(compare(records, max_score_drop))
 
 
-def chosen_taus(record: Record, baseline: Record | None, max_score_drop: float | None) -> list[float]:
-    """Choose the thresholds at which a trial stands beside itself, on the calibration split alone.
-
-    Those that no other one of the trial, 0 among them, equals or beats in both score and density, and that lose no more
-    than the limit against the baseline as it was trained.
-
-    Args:
-        record: A complete trial's record; of others none stands.
-        baseline: The baseline of its task and seed.
-        max_score_drop: The score limit; None for none.
-
-    Returns:
-        τ above 0, rising.
-    """
-    dial = [(float(tau), found) for tau, found in record.dial.items()]
-    keys = ("calibration_score", "calibration_density")
-    dial = sorted((tau, found) for tau, found in dial if all(_is_finite(found.get(key)) for key in keys))
-    if record.status != "complete" or not dial:
-        return []
-    values = np.array([[-found["calibration_score"], found["calibration_density"]] for _, found in dial])
-    keep = moocore.is_nondominated(values, keep_weakly=False)
-    before = None if baseline is None else baseline.dial.get(tau_key(0.0), {}).get("calibration_score")
+def mark(points: Iterable[Point]) -> list[Point]:
+    """Say of each point, of any number of tasks, whether its setting stands on the front of its task."""
+    points = list(points)
+    chosen, likely = set[tuple[str, str, float]](), dict[tuple[str, str, float], float]()
+    for task in _tasks(points):
+        mine = [point for point in points if point.task == task]
+        chosen |= {member.key for member in front(mine)}
+        likely |= front_probability(mine)
     return [
-        tau
-        for (tau, found), kept in zip(dial, keep, strict=True)
-        if tau > 0.0
-        and kept
-        and is_feasible(None if before is None else before - found["calibration_score"], max_score_drop)
+        replace(p, on_front=p.eligible and p.key in chosen, front_probability=likely.get(p.key) if p.eligible else None)
+        for p in points
     ]
 
 
-def of_first(points: Sequence[Point], trials: int) -> list[Point]:
-    """Return the points of the first so many trials, in the order of the points."""
-    names = list(dict.fromkeys((point.task, point.trial) for point in points))[:trials]
-    kept = set(names)
-    return [point for point in points if (point.task, point.trial) in kept]
+def front_probability(points: Iterable[Point], draws: int = 500) -> dict[tuple[str, str, float], float]:
+    """Estimate how likely each eligible setting of one task stands on the front.
+
+    Score and density of a setting with n seeds are taken to lie about their means with s / √n, where s is the standard
+    deviation over seeds, pooled over all settings that have several: one seed alone says nothing of its scatter.
+
+    Args:
+        points: Points of one task.
+        draws: Samples of the whole task; the same ones every time.
+
+    Returns:
+        Probability by the points' ``key``; nothing where no setting has several seeds.
+    """
+    eligible = _eligible(points)
+    several = [point for point in eligible if point.seeds > 1]
+    if not several:
+        return {}
+    freedom = np.array([point.seeds - 1 for point in several], dtype=np.float64)
+    variances = np.array([[point.score_std or 0.0, point.density_std or 0.0] for point in several]) ** 2
+    pooled = np.sqrt(freedom @ variances / freedom.sum())
+    spread = pooled / np.sqrt([[point.seeds] for point in eligible])
+    means, dice = _objectives(eligible), np.random.default_rng(0)
+    hits = np.zeros(len(eligible))
+    for _ in range(draws):
+        hits += moocore.is_nondominated(means + spread * dice.standard_normal(means.shape), keep_weakly=True)
+    return {point.key: float(count) / draws for point, count in zip(eligible, hits, strict=True)}
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-    """The eligible points of one task that no other dominates, by rising density, then trial.
+    """The eligible settings of one task that no other dominates, by rising density, then trial.
 
-    Trials with equal score and equal density are all kept.
+    Settings with equal score and equal density are all kept.
 
     Args:
-        points: Points of one task; those that are infeasible, not complete or not finite are left out.
+        points: Points of one task; those of several seeds are merged, and those that are infeasible, not complete or
+            not finite are left out.
 
     Raises:
         ValueError: If the points belong to more than one task.
@@ -254,7 +167,7 @@ def knee(points: Iterable[Point]) -> Point | None:
     scaled = (values - values.min(axis=0)) / span
     gains = 1.0 - scaled.sum(axis=1)
     best = int(np.argmax(gains))
-    return chosen[best] if gains[best] > _ROUNDING else None
+    return chosen[best] if gains[best] > _LEAST else None
 
 
 def varying(points: Iterable[Point]) -> list[str]:
@@ -294,72 +207,8 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _peer_key(record: Record) -> tuple[str, int, str]:
-    return record.task, record.seed, record.dtype
-
-
 def _tasks(points: Iterable[Point]) -> list[str]:
     return list(dict.fromkeys(point.task for point in points))
-
-
-def _baselines(records: Iterable[Record]) -> dict[tuple[str, int, str], Record]:
-    """The first usable baseline of each task, seed and dtype."""
-    usable: dict[tuple[str, int, str], Record] = {}
-    for record in records:
-        measured = _is_finite(record.score) and _is_finite(record.density)
-        if record.baseline and record.status == "complete" and measured:
-            usable.setdefault(_peer_key(record), record)
-    return usable
-
-
-def _point(record: Record, tau: float, baseline: Record | None, max_score_drop: float | None) -> Point:
-    score, density = record.at(tau)
-    drop, change = _against(score, density, baseline)
-    return Point(
-        task=record.task,
-        trial=record.trial,
-        seed=record.seed,
-        status=record.status,
-        baseline=record.baseline,
-        score=score,
-        density=density,
-        score_drop=drop,
-        density_change=change,
-        tau=tau,
-        feasible=(record.baseline and tau == 0.0) or is_feasible(drop, max_score_drop),
-        steps=record.steps,
-        dtype=record.dtype,
-        config=record.config,
-    )
-
-
-def _against(score: float | None, density: float | None, baseline: Record | None) -> tuple[float | None, float | None]:
-    """Score drop and density change; None where either side has no finite number, or the baseline's density is zero."""
-    if baseline is None or baseline.score is None or baseline.density is None:
-        return None, None
-    drop = change = None
-    if score is not None and math.isfinite(score):
-        drop = baseline.score - score
-    if density is not None and math.isfinite(density) and baseline.density > 0:
-        change = (baseline.density - density) / baseline.density
-    return drop, change
-
-
-def _check_one_dtype(records: Iterable[Record]) -> None:
-    dtypes: dict[str, set[str]] = {}
-    for record in records:
-        if record.density is not None:
-            dtypes.setdefault(record.task, set()).add(record.dtype)
-    for task, seen in dtypes.items():
-        if len(seen) > 1:
-            raise RecordsError(
-                f"task {task}: measured in more than one dtype ({', '.join(sorted(seen))}); "
-                "exact zeros depend on the dtype, so compare only records of one"
-            )
 
 
 def _eligible(points: Iterable[Point]) -> list[Point]:
@@ -367,7 +216,7 @@ def _eligible(points: Iterable[Point]) -> list[Point]:
     tasks = _tasks(points)
     if len(tasks) > 1:
         raise ValueError(f"a front belongs to one task (got {', '.join(tasks)})")
-    return [point for point in points if point.eligible]
+    return merge(point for point in points if point.eligible)
 
 
 def _objectives(points: Sequence[Point]) -> np.ndarray:

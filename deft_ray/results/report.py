@@ -14,16 +14,8 @@ from deft_ray.results import figures
 from deft_ray.results.figure_html import draw_html
 from deft_ray.results.figure_png import draw_png
 from deft_ray.results.files import file_stem, write_text
-from deft_ray.results.front import (
-    Point,
-    front,
-    hypervolume,
-    knee,
-    lowest_density,
-    points,
-    varying,
-    write_front_csv,
-)
+from deft_ray.results.front import front, hypervolume, knee, lowest_density, points, varying, write_front_csv
+from deft_ray.results.points import Point, merge
 from deft_ray.results.records import STATUSES, Record
 
 _TABLE_SETTINGS = 4
@@ -156,8 +148,9 @@ def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> 
     chosen = front(found)
     trained = [point for point in found if not point.tau]
     complete = sum(point.status == "complete" for point in trained)
-    infeasible = sum(point.status == "complete" and not point.feasible for point in found)
-    points_told = f", {len(found)} points with thresholds" if len(found) > len(trained) else ""
+    shown = merge(found)
+    infeasible = sum(not point.feasible for point in shown)
+    points_told = f", {len(shown)} points" if len(shown) != complete else ""
     stem = file_stem("pareto", task)
     return "\n".join(
         [
@@ -200,7 +193,7 @@ def _rivals(found: Sequence[Point]) -> str:
 
 def _rows_of(found: Sequence[Point], chosen: Sequence[Point]) -> list[Point]:
     """The usable baselines as they were trained, then the rest of the front by rising density."""
-    baselines = [point for point in found if point.reference and point.eligible]
+    baselines = [point for point in merge(found) if point.reference]
     return baselines + [point for point in chosen if not point.reference]
 
 
@@ -209,12 +202,17 @@ def _table(rows: Sequence[Point], settings: Sequence[str], metric: str) -> str:
         return "No trial has both a score and a density."
     dialled = ["τ"] if any(point.tau for point in rows) else []
     measured = [f"{metric} ↑", "score drop ↓", "density ↓", "density change ↑", "on front"]
-    header = ["trial", "seed", *dialled, *measured, *settings]
+    several = any(point.seeds > 1 for point in rows)
+    likely = ["P(front)"] if several else []
+    header = ["trial", "seeds" if several else "seed", *dialled, *measured, *likely, *settings]
     lines = [_line(header), _line(["---"] * len(header))]
     for point in rows:
         tau = [f"{point.tau:g}" if point.tau else "exact"] if dialled else []
-        named, seed, *cells = _cells(point)
-        lines.append(_line([named, seed, *tau, *cells, *(figures.short(point.config.get(name)) for name in settings)]))
+        named, *cells = _cells(point)
+        seed = str(point.seeds if several else point.seed)
+        chance = [figures.short(point.front_probability)] if several else []
+        varied = [figures.short(point.config.get(name)) for name in settings]
+        lines.append(_line([named, seed, *tau, *cells, *chance, *varied]))
     no_baseline = not any(point.reference for point in rows)
     return "\n".join(lines + ["", "No usable baseline: nothing to compare these scores with."] * no_baseline)
 
@@ -222,13 +220,16 @@ def _table(rows: Sequence[Point], settings: Sequence[str], metric: str) -> str:
 def _cells(point: Point) -> list[str]:
     return [
         f"{point.trial} (baseline)" if point.baseline else point.trial,
-        str(point.seed),
-        f"{point.score:.4f}",
+        f"{point.score:.4f}" + _plus_minus(point.score_std),
         "–" if point.score_drop is None else f"{point.score_drop:+.4f}",
-        f"{point.density:.4f}",
+        f"{point.density:.4f}" + _plus_minus(point.density_std),
         "–" if point.density_change is None else f"{100 * point.density_change:+.1f} %",
         "yes" if point.on_front else "no",
     ]
+
+
+def _plus_minus(std: float | None) -> str:
+    return "" if std is None else f" ± {std:.4f}"
 
 
 def _line(cells: Iterable[Any]) -> str:

@@ -9,7 +9,8 @@ import sys
 import time
 from typing import Any
 
-from deft_ray.results.front import Point, front, hypervolume, of_first, points, varying, write_front_csv
+from deft_ray.results.front import front, hypervolume, mark, points, varying, write_front_csv
+from deft_ray.results.points import Point, of_first
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
 from deft_ray.spec.catalog import find_task
@@ -94,10 +95,11 @@ class Books:
             tracking_uri=self.tracking_uri,
         )
         found = self._points()
-        for task, chosen in self._fronts(found).items():
+        for task in self._fronts(found):
             mine = [file for file in files if file.stem in (f"pareto-{task}", "front", "report")]
             area = hypervolume(point for point in found if point.task == task)
-            self._mirror.front(task, [point.trial for point in chosen], area, len(self.records), mine)
+            on_front = [point.trial for point in found if point.task == task and point.on_front]
+            self._mirror.front(task, on_front, area, len(self.records), mine)
         self._mirror.finish(status)
         return self._mirror.close()
 
@@ -133,8 +135,8 @@ class Books:
         point = next(point for point in found if point.trial == record.trial)
         metric_rows = [row for row in rows if row["kind"] != "end"]
         self._mirror.record(record, point.score_drop, point.density_change, metric_rows)
-        mine = [other for other in of_first(found, step) if other.task == record.task]
-        on_front = [other.trial for other in front(mine)]
+        mine = mark(other for other in of_first(found, step) if other.task == record.task)
+        on_front = [other.trial for other in mine if other.on_front]
         self._mirror.front(record.task, on_front, hypervolume(mine), step, at=record.ended_at)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from deft_ray.results.front import Point
+from deft_ray.results.points import Point
 from deft_ray.results.records import Record
 from deft_ray.results.report import first_line
 

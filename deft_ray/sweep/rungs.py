@@ -28,7 +28,7 @@ from pathlib import Path
 import moocore
 import numpy as np
 
-from deft_ray.results.front import is_feasible
+from deft_ray.results.points import is_feasible
 from deft_ray.spec.schema import SweepSpec
 
 #: Distances that differ by less are one: roundings decide about no trial.

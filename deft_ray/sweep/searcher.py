@@ -19,7 +19,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from deft_ray.results.front import is_feasible
+from deft_ray.results.points import is_feasible
 from deft_ray.results.records import Record
 from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.points import deciding_first, first_points

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.metrics import METRICS
-from deft_ray.results.front import hypervolume, of_first, points
+from deft_ray.results.front import hypervolume, points
+from deft_ray.results.points import of_first
 from deft_ray.results.records import Record
 from deft_ray.tracking.client import connect
 

@@ -78,13 +78,13 @@ def test_data_of_a_sweep() -> None:
         caption="4 of 6 trials drawn, 2 on the front, 1 infeasible (score drop above 0.02), 1 failed, 1 stopped. "
         "Hypervolume 0.6538.",
         marks=(
-            Mark("t0", 0, 0.5, 0.875, "baseline", True, 0.0, detail(trial="t0", score="0.8750", density="0.5000",
+            Mark("t0", 0, 0.5, 0.875, "baseline", True, detail=detail(trial="t0", score="0.8750", density="0.5000",
                  drop="+0.0000", change="+0.0 %", value="0")),
-            Mark("t1", 0, 0.25, 0.865, "front", True, 0.0, detail(trial="t1", score="0.8650", density="0.2500",
+            Mark("t1", 0, 0.25, 0.865, "front", True, detail=detail(trial="t1", score="0.8650", density="0.2500",
                  drop="+0.0100", change="+50.0 %", value="0.5")),
-            Mark("t2", 0, 0.125, 0.5, "infeasible", False, 0.0, detail(trial="t2", score="0.5000", density="0.1250",
+            Mark("t2", 0, 0.125, 0.5, "infeasible", False, detail=detail(trial="t2", score="0.5000", density="0.1250",
                  drop="+0.3750", change="+75.0 %", value="1")),
-            Mark("t3", 0, 0.375, 0.865, "dominated", False, 0.0, detail(trial="t3", score="0.8650", density="0.3750",
+            Mark("t3", 0, 0.375, 0.865, "dominated", False, detail=detail(trial="t3", score="0.8650", density="0.3750",
                  drop="+0.0100", change="+25.0 %", value="0.25")),
         ),
         stairs=((0.25, 0.865), (0.5, 0.865), (0.5, 0.875)),
@@ -272,4 +272,32 @@ def test_thresholded_points_are_told_apart_from_exact_zeros(tmp_path: Path) -> N
         "baseline (α = 0)": "star",
     }
     assert {"front of exact zeros", "baseline with thresholds", "score limit"} < traces.keys()
+    assert draw_png(figure, tmp_path / "p.png").stat().st_size > 10_000
+
+
+# --- several seeds ----------------------------------------------------------------------------------------------------
+
+
+def test_seeds_of_a_setting_are_one_mark_with_bars(tmp_path: Path) -> None:
+    records = [
+        make_record("t0", 0.90, 0.9, baseline=True, seed=0, setting="t0", config=alpha(0.0)),
+        make_record("t1", 0.92, 0.9, baseline=True, seed=1, setting="t0", config=alpha(0.0)),
+        make_record("t2", 0.80, 0.4, seed=0, setting="t2", config=alpha(1.0)),
+        make_record("t3", 0.84, 0.6, seed=1, setting="t2", config=alpha(1.0)),
+        make_record("t4", 0.70, 0.7, seed=0, setting="t4", config=alpha(2.0)),
+    ]
+    figure = front_figure_data(records, "squad", 0.2)
+    assert [(mark.trial, mark.role) for mark in figure.marks] == [
+        ("t0", "baseline"), ("t2", "front"), ("t4", "dominated")
+    ]  # fmt: skip
+    mark = figure.marks[1]
+    assert (mark.density, mark.score) == pytest.approx((0.5, 0.82))
+    assert mark.spread == pytest.approx((0.2 / 2**0.5, 0.04 / 2**0.5))
+    assert dict(mark.detail)["seeds"] == "2, score ± 0.0283, density ± 0.1414"
+    assert figure.score_limit == pytest.approx(0.91 - 0.2)
+    assert "5 of 5 trials drawn, 2 on the front, bars are standard deviations over seeds" in figure.caption
+    traces = {trace["name"]: trace for trace in plot_json(draw_html(figure, tmp_path / "p.html").read_text())[0]}
+    assert traces["on the front"]["error_x"]["array"] == pytest.approx([0.2 / 2**0.5])
+    assert traces["on the front"]["error_y"]["visible"] is True
+    assert traces["dominated"]["error_y"]["visible"] is False
     assert draw_png(figure, tmp_path / "p.png").stat().st_size > 10_000

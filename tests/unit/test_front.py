@@ -14,19 +14,17 @@ import pytest
 
 from deft_ray.errors import RecordsError
 from deft_ray.results.front import (
-    Point,
-    chosen_taus,
     front,
+    front_probability,
     hypervolume,
     hypervolume_history,
-    is_feasible,
     knee,
     lowest_density,
-    of_first,
     points,
     varying,
     write_front_csv,
 )
+from deft_ray.results.points import Point, chosen_taus, is_feasible, of_first
 from deft_ray.results.records import Record
 
 SEEDS = range(40)
@@ -454,4 +452,80 @@ def test_chosen_thresholds_against_brute_force(seed: int) -> None:
         else:
             if limit is None or 0.75 - mine[0] <= limit:
                 want.append(float(tau))
-    assert chosen_taus(make_record("t", 0.5, 0.5, dial=dial), before, limit) == want
+    assert chosen_taus([make_record("t", 0.5, 0.5, dial=dial)], [before], limit) == want
+
+
+# --- several seeds ----------------------------------------------------------------------------------------------------
+
+
+def seeded(setting: str, *measured: tuple[float, float], baseline: bool = False, **fields: Any) -> list[Record]:
+    """One record for each seed: (score, density)."""
+    return [
+        make_record(f"{setting}-{seed}", score, density, seed=seed, setting=f"{setting}-0", baseline=baseline, **fields)
+        for seed, (score, density) in enumerate(measured)
+    ]
+
+
+BEFORE = seeded("b", (0.90, 0.99), (0.94, 0.97), baseline=True)
+
+
+def test_a_setting_stands_at_its_means_over_seeds() -> None:
+    found = points([*BEFORE, *seeded("x", (0.80, 0.30), (0.90, 0.50)), *seeded("y", (0.86, 0.35), (0.70, 0.45))])
+    assert [(p.trial, p.on_front) for p in found] == [
+        ("b-0", True), ("b-1", True), ("x-0", True), ("x-1", True), ("y-0", False), ("y-1", False)
+    ]  # fmt: skip
+    x, b = front(found)
+    assert (x.trial, x.seeds, b.trial, b.seeds) == ("x-0", 2, "b-0", 2)
+    assert (x.score, x.density) == pytest.approx((0.85, 0.40))
+    assert (x.score_std, x.density_std) == pytest.approx((0.1 / 2**0.5, 0.2 / 2**0.5))
+    assert x.score_drop == pytest.approx(((0.90 - 0.80) + (0.94 - 0.90)) / 2), "each seed against its own baseline"
+    assert x.density_change == pytest.approx((0.69 / 0.99 + 0.47 / 0.97) / 2)
+    assert hypervolume(found) == pytest.approx(0.85 * (0.98 - 0.40) + 0.92 * (1 - 0.98))
+
+
+def test_the_score_limit_is_about_the_mean_over_seeds() -> None:
+    """One seed within it and one beyond it: 0.10 and 0.04 off."""
+    records = [*BEFORE, *seeded("x", (0.80, 0.30), (0.90, 0.50))]
+    assert [p.feasible for p in points(records, 0.07)] == [True] * 4
+    assert [p.feasible for p in points(records, 0.069)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("status", ["diverged", "pruned"])
+def test_a_setting_of_which_a_seed_diverged_does_not_stand(status: str) -> None:
+    good, bad = seeded("x", (0.95, 0.1), (0.95, 0.1))
+    assert [p.trial for p in front(points([*BEFORE, good, replace(bad, status=status)]))] == ["b-0"]
+    failed = points([*BEFORE, good, replace(bad, status="failed")])
+    assert [(p.trial, p.seeds) for p in front(failed)] == [("x-0", 1)], "a fault of the machine says nothing of it"
+
+
+def test_thresholds_of_a_setting_are_chosen_by_the_means_over_its_seeds() -> None:
+    curves = [
+        {"0": (0.9, 0.9), "0.1": (0.8, 0.5), "0.2": (0.9, 0.4)},
+        {"0": (0.9, 0.9), "0.1": (0.9, 0.3), "0.2": (0.5, 0.4)},
+    ]
+    dials = [{tau: dialled(0.5, 0.5, *at) for tau, at in curve.items()} for curve in curves]
+    records = [
+        replace(record, dial=dial) for record, dial in zip(seeded("x", (0.9, 0.9), (0.9, 0.9)), dials, strict=True)
+    ]
+    assert [chosen_taus([record], [None], None) for record in records] == [[0.2], [0.1]]
+    assert chosen_taus(records, [None, None], None) == [0.1], "0.85 at 0.40 against 0.70 at 0.40"
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_alike_settings_stand_on_the_front_as_often_as_maxima_of_random_points(count: int) -> None:
+    """Of n points whose coordinates are independent, 1 + 1/2 + … + 1/n are not dominated on average."""
+    several = [p for n in range(count) for p in points(seeded(f"s{n}", (0.4, 0.4), (0.5, 0.5), (0.6, 0.6)))]
+    found = front_probability(several, draws=4000)
+    want = sum(1 / n for n in range(1, count + 1)) / count
+    assert list(found.values()) == pytest.approx([want] * count, abs=0.03)
+
+
+def test_who_is_far_ahead_stands_surely_and_one_seed_scatters_as_the_others_do() -> None:
+    records = seeded("far", (0.90, 0.10), (0.91, 0.11)) + seeded("near", (0.50, 0.50), (0.51, 0.51))
+    found = front_probability(points([*records, make_record("lone", 0.905, 0.105)]))
+    assert found["rte", "near-0", 0.0] == 0.0
+    assert 0.3 < found["rte", "far-0", 0.0] < 1.0
+    assert 0.3 < found["rte", "lone", 0.0] < 1.0
+    assert front_probability(points(records[:1])) == {}, "one seed says nothing of its scatter"
+    probabilities = {p.trial: p.front_probability for p in points(records)}
+    assert probabilities == {"far-0": 1.0, "far-1": 1.0, "near-0": 0.0, "near-1": 0.0}
