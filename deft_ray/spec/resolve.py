@@ -36,7 +36,9 @@ def is_read(spec: SweepSpec, sample: Mapping[str, Scalar], dotted: str) -> bool:
     return True
 
 
-def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Mapping[str, Scalar]) -> TrialSpec:
+def resolve_trial(
+    spec: SweepSpec, trial: str, task: str, seed: int, sample: Mapping[str, Scalar], setting: str = ""
+) -> TrialSpec:
     """Return the trial of a sampled point.
 
     Args:
@@ -45,6 +47,7 @@ def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Map
         task: Task.
         seed: Training seed.
         sample: A value for every searched leaf that the trial reads, by dotted name; the others have their defaults.
+        setting: Id of the trial of the same point with the first seed; the trial's own if empty.
 
     Raises:
         ValueError: If a searched leaf has no value, or pydantic refuses one.
@@ -54,7 +57,7 @@ def resolve_trial(spec: SweepSpec, trial: str, task: str, seed: int, sample: Map
     if lacking:
         raise ValueError(f"no value for {', '.join(sorted(lacking))}")
     unread = {leaf: _default(spec, leaf) for leaf in spec.space if leaf not in sample}
-    return _build(spec, trial, task, seed, {**unread, **sample}, baseline=False)
+    return _build(spec, trial, task, seed, {**unread, **sample}, baseline=False, setting=setting)
 
 
 def rung_shares(spec: SweepSpec) -> tuple[float, ...]:
@@ -81,7 +84,7 @@ def _default(spec: SweepSpec, dotted: str) -> Any:
     return type(getattr(spec, section)).model_fields[key].default
 
 
-def resolve_baseline(spec: SweepSpec, trial: str, task: str, seed: int) -> TrialSpec:
+def resolve_baseline(spec: SweepSpec, trial: str, task: str, seed: int, setting: str = "") -> TrialSpec:
     """Return the baseline of a task and seed: the density loss off, other searched leaves as ``baseline`` says.
 
     Where the spec asks for layer scales, the baseline has them too (ADA-PEFT); where it searches for them, it has none.
@@ -89,11 +92,18 @@ def resolve_baseline(spec: SweepSpec, trial: str, task: str, seed: int) -> Trial
     values: dict[str, Scalar | None] = {**spec.baseline, "deft.alpha": 0.0, "deft.alpha_decoder": None}
     if "deft.adaptive" in spec.space:
         values["deft.adaptive"] = False
-    return _build(spec, trial, task, seed, values, baseline=True)
+    return _build(spec, trial, task, seed, values, baseline=True, setting=setting)
 
 
 def _build(
-    spec: SweepSpec, trial: str, task: str, seed: int, values: Mapping[str, Scalar | None], *, baseline: bool
+    spec: SweepSpec,
+    trial: str,
+    task: str,
+    seed: int,
+    values: Mapping[str, Scalar | None],
+    *,
+    baseline: bool,
+    setting: str,
 ) -> TrialSpec:
     sections: dict[str, dict[str, Any]] = {name: getattr(spec, name).model_dump() for name in TRIAL_SECTIONS}
     for dotted, value in values.items():
@@ -106,6 +116,7 @@ def _build(
             "seed": seed,
             "baseline": baseline,
             "rungs": rung_shares(spec),
+            "setting": setting or trial,
             "judged_at": judged_at(spec.search.objectives),
             "dial": spec.dial.model_dump(),
             "model": spec.model.model_dump(),

@@ -347,6 +347,9 @@ def _seeds(view: _View) -> Iterator[Fault]:
     for index, seed in enumerate(seeds if isinstance(seeds, list) else []):
         if seed in seeds[:index]:
             yield ("search", "seeds", index), f"seed stands twice (got {show(seed)})"
+    if isinstance(seeds, list) and len(seeds) > 1 and view.get("search.front_seeds") is not None:
+        what = f"is for points of one seed (got {show(view.get('search.front_seeds'))})"
+        yield ("search", "front_seeds"), f"{what}; search.seeds trains every point with {len(seeds)}"
 
 
 def _try_first(view: _View) -> Iterator[Fault]:

@@ -162,6 +162,7 @@ class SearchSection(Section):
     startup_trials: Positive = 10
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    front_seeds: Annotated[int, Field(ge=2)] | None = None
     try_first: list[dict[str, Scalar]] = []
     scheduler: Literal["none", "mo_asha", "asha"] = "none"
     first_rung: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 9
@@ -258,6 +259,7 @@ class TrialSpec(Section):
         seed: Seed of adapter init, data order and dropout.
         baseline: True for the trial of the same task and seed with the density loss off.
         rungs: Shares of its steps at which the scheduler judges it.
+        setting: The trial that has the same settings with the first seed.
         judged_at: Threshold of the score and density that the search is about; 0 for exact zeros.
     """
 
@@ -266,6 +268,7 @@ class TrialSpec(Section):
     seed: int
     baseline: bool
     rungs: tuple[float, ...] = ()
+    setting: str = ""
     judged_at: float = 0.0
     dial: DialSection = DialSection()
     model: ModelSection

@@ -38,7 +38,7 @@ class Books:
         self.spec, self.run_dir, self.schedule = spec, run_dir, schedule
         self._log = RecordLog(run_dir.records)
         self.records = self._log.read()
-        self.live = LiveLines(len(self.records) + schedule.remaining, len(self.records), slots, sys.stdout)
+        self.live = LiveLines(len(self.records), slots, sys.stdout)
         default_uri, artifacts = default_tracking(run_dir.path)
         self.tracking_uri = spec.tracking.uri or default_uri
         artifact_root = artifacts if spec.tracking.uri is None else None
@@ -161,7 +161,7 @@ def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
     measured: dict[str, Any] = {}
     for row in rows:
         measured.update({key: value for key, value in row.items() if value is not None or key not in measured})
-    known = Record.__dataclass_fields__.keys() - {"trial", "task", "seed", "baseline", "config"}
+    known = Record.__dataclass_fields__.keys() - {"trial", "task", "seed", "baseline", "setting", "config"}
     now = time.time()
     defaults: dict[str, Any] = {
         "score_metric": find_task(trial.task, trial.data).metric,
@@ -179,6 +179,7 @@ def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
         task=trial.task,
         seed=trial.seed,
         baseline=trial.baseline,
+        setting=trial.setting,
         config=dict(trial.flat()),
         **{**defaults, **fields},
     )

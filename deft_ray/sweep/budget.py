@@ -40,9 +40,18 @@ class Budget:
         steps = sum(record.steps for record in records)
         if budget.steps is not None and steps >= budget.steps:
             return f"budget.steps = {budget.steps:,} is spent ({steps:,})"
-        if budget.stall_trials is not None and self._stalls(records, budget.stall_trials):
-            return f"no hypervolume has grown by {budget.stall_growth:g} in the last {budget.stall_trials} trials"
         return None
+
+    def stalled(self, records: Sequence[Record]) -> str | None:
+        """Return that no front grows any longer, for the report; None while one does.
+
+        Args:
+            records: Ended trials, in the order in which they ended.
+        """
+        budget = self._budget
+        if budget.stall_trials is None or not self._stalls(records, budget.stall_trials):
+            return None
+        return f"no hypervolume has grown by {budget.stall_growth:g} in the last {budget.stall_trials} trials"
 
     def _stalls(self, records: Sequence[Record], last: int) -> bool:
         """Whether no task's hypervolume has grown enough in its last so many sampled trials.

@@ -14,14 +14,13 @@ class LiveLines:
     """Prints ended trials with an estimate of the time left.
 
     Args:
-        total: Trials of the sweep.
         done: Trials that had ended before this start.
         slots: Trials that train at once.
         stream: Where to.
     """
 
-    def __init__(self, total: int, done: int, slots: int, stream: TextIO) -> None:
-        self._total, self._done, self._slots, self._stream = total, done, max(1, slots), stream
+    def __init__(self, done: int, slots: int, stream: TextIO) -> None:
+        self._done, self._slots, self._stream = done, max(1, slots), stream
         self._walls: list[float] = []
 
     def ended(self, record: Record, point: Point, sampled: Mapping[str, Any], remaining: int) -> None:
@@ -35,8 +34,8 @@ class LiveLines:
         """
         self._done += 1
         self._walls.append(record.wall_s)
-        width = len(str(self._total))
-        head = f"[{self._done:>{width}}/{self._total}] {record.trial}  {record.task:<15} seed {record.seed}"
+        total = self._done + remaining
+        head = f"[{self._done:>{len(str(total))}}/{total}] {record.trial}  {record.task:<15} seed {record.seed}"
         left = sum(self._walls) / len(self._walls) * remaining / self._slots
         tail = f"{record.wall_s:6.1f} s  {format_left(left)} left" if remaining else f"{record.wall_s:6.1f} s"
         if record.status == "complete" and record.score is not None and record.density is not None:

@@ -148,6 +148,7 @@ class _Sweep:
         self.books = Books(spec, run_dir, self.schedule, plan.slots)
         self.failure: str | None = None
         self.spent: str | None = None
+        self.stalled: str | None = None
         self._tuned = threading.Event()
         self.began = time.time()
         self._budget = Budget(spec, self.began)
@@ -158,8 +159,8 @@ class _Sweep:
             self._check_budget()
             if self.schedule.remaining and self.spent is None:
                 self._run_trials()
-            if self.schedule.remaining and self.spent is not None:
-                reason = self.spent
+            if self._left_out():
+                reason = self.spent or self.stalled or reason
             if self.failure is not None:
                 reason, status = f"no host could be kept: {self.failure}", "failed"
         except KeyboardInterrupt:
@@ -312,14 +313,25 @@ class _Sweep:
         return self.schedule.next() if self.failure is None and self.spent is None else Nothing.MORE
 
     def _check_budget(self) -> None:
-        """Once spent, always spent; without its baselines a sweep is worth nothing, so they run in any case."""
-        if self.spent is None and self.schedule.has_baselines:
-            self.spent = self._budget.spent(self.books.records)
+        """Once spent, always spent; without its baselines a sweep is worth nothing, so they run in any case.
+
+        A front that grows no longer ends the sampling; front seeds still run.
+        """
+        if not self.schedule.has_baselines:
+            return
+        self.spent = self.spent or self._budget.spent(self.books.records)
+        self.stalled = self.stalled or self._budget.stalled(self.books.records)
+        if self.stalled is not None:
+            self.schedule.sample_no_more()
+
+    def _left_out(self) -> int:
+        """Trials that a budget has left out."""
+        return self.schedule.skipped + (self.schedule.remaining if self.spent is not None else 0)
 
     def _say_end(self, problems: list[str]) -> None:
         say = self.books.live.say
-        if self.spent is not None and self.schedule.remaining:
-            say(f"ended early: {self.spent}; {self.schedule.remaining} trials not run")
+        if self._left_out():
+            say(f"ended early: {self.spent or self.stalled}; {self._left_out()} trials not run")
         for line in self.books.summary():
             say(line)
         for problem in problems:

@@ -1,7 +1,8 @@
-"""Which trial comes next: baselines first, then sampled points, asked from one searcher per task.
+"""Which trial comes next: baselines first, then sampled points, asked from one searcher per task, then front seeds.
 
 Ids follow from the place in the plan. So the next trial is a function of the spec and of what has ended, whatever was
-interrupted in between.
+interrupted in between. Front seeds are further seeds for settings that stand on the front once all points have ended,
+and again for those that stand on it when their means have moved it; ``t0007-s2`` is the third seed of ``t0007``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from deft_ray.results.records import Record
 from deft_ray.spec.points import count_points
 from deft_ray.spec.resolve import resolve_baseline, resolve_trial
 from deft_ray.spec.schema import SweepSpec, TrialSpec
+from deft_ray.sweep.front_seeds import FrontTrial, front_trials, is_front_trial
 from deft_ray.sweep.searcher import TaskSearch, changes
 
 
@@ -38,6 +40,7 @@ class Schedule:
         self._searches = {task: TaskSearch(spec, task, folder) for task in self._tasks}
         self._ended: dict[str, Record] = {}
         self._given: set[str] = set()
+        self._samples_more = True
         self.baselines = [(task, seed) for task in self._tasks for seed in self._seeds]
         for record in records:
             self._ended[record.trial] = record
@@ -59,7 +62,25 @@ class Schedule:
     def remaining(self) -> int:
         """Trials that have not ended and will still run."""
         lost = self.failed_tasks
-        return sum(trial not in self._ended and (baseline or task not in lost) for trial, task, baseline in self._all())
+        planned = [trial for trial, task, baseline in self._all() if baseline or task not in lost]
+        points = sum(trial not in self._ended and not self._is_skipped(trial) for trial in planned)
+        return points or len(self._front_trials())
+
+    @property
+    def skipped(self) -> int:
+        """Sampled trials that will not run since :meth:`sample_no_more`."""
+        lost = self.failed_tasks
+        return sum(
+            self._is_skipped(trial) for trial, task, baseline in self._all() if not baseline and task not in lost
+        )
+
+    def sample_no_more(self) -> None:
+        """Start no further point; those that were started go on, and front seeds follow."""
+        self._samples_more = False
+
+    def _is_skipped(self, trial: str) -> bool:
+        started = trial in self._given or trial in self._ended
+        return not self._samples_more and not started and int(trial[1:]) >= len(self.baselines)
 
     def next(self) -> TrialSpec | Nothing:
         """Return the next trial to start; each is given out once."""
@@ -68,7 +89,7 @@ class Schedule:
             trial = trial_id(index)
             if trial not in self._ended and trial not in self._given:
                 self._given.add(trial)
-                return resolve_baseline(self.spec, trial, task, seed)
+                return resolve_baseline(self.spec, trial, task, seed, self._baseline_id(task))
         lost = self.failed_tasks
         for number in range(self._points):
             for task in self._tasks:
@@ -76,18 +97,49 @@ class Schedule:
                     continue
                 for place, seed in enumerate(self._seeds):
                     trial = self._id(task, number, place)
-                    if trial in self._ended or trial in self._given:
+                    if trial in self._ended or trial in self._given or self._is_skipped(trial):
                         continue
                     if not self._has_baselines(task):
                         blocked = True
                         continue
                     self._given.add(trial)
-                    return resolve_trial(self.spec, trial, task, seed, self._searches[task].point(number))
-        return Nothing.YET if blocked else Nothing.MORE
+                    sample, setting = self._searches[task].point(number), self._id(task, number, 0)
+                    return resolve_trial(self.spec, trial, task, seed, sample, setting)
+        return Nothing.YET if blocked else self._next_front_seed()
+
+    def _next_front_seed(self) -> TrialSpec | Nothing:
+        due = self._front_trials()
+        for one in due:
+            first = FrontTrial(one.task, self._baseline_id(one.task), one.place, baseline=True)
+            if one.trial in self._given or not (one.baseline or first.trial in self._ended):
+                continue
+            self._given.add(one.trial)
+            return self._resolve(one).model_copy(update={"rungs": ()})
+        started = self._given - self._ended.keys()
+        return Nothing.YET if self.spec.search.front_seeds and (due or started) else Nothing.MORE
+
+    def _resolve(self, one: FrontTrial) -> TrialSpec:
+        seed = self._seeds[0] + one.place
+        if one.baseline:
+            return resolve_baseline(self.spec, one.trial, one.task, seed, one.setting)
+        number = (int(one.setting[1:]) - len(self.baselines)) // (len(self._tasks) * len(self._seeds))
+        sample = self._searches[one.task].point(number)
+        return resolve_trial(self.spec, one.trial, one.task, seed, sample, one.setting)
+
+    def _front_trials(self) -> list[FrontTrial]:
+        """Front seeds that are due and have not ended; none before every point has ended."""
+        lost = self.failed_tasks
+        points = [trial for trial, task, _ in self._all() if task not in lost and not self._is_skipped(trial)]
+        if self.spec.search.front_seeds is None or any(trial not in self._ended for trial in points):
+            return []
+        baselines = {task: self._baseline_id(task) for task in self._tasks if task not in lost}
+        return [one for one in front_trials(self.spec, self._ended, baselines) if one.trial not in self._ended]
 
     def ended(self, record: Record) -> None:
         """Take note of an ended trial, and tell its study once all of its point's seeds have ended."""
         self._ended[record.trial] = record
+        if is_front_trial(record.trial):
+            return  # its point has been told
         place = int(record.trial[1:]) - len(self.baselines)
         if place >= 0:
             self._tell_if_ended(record.task, place // (len(self._tasks) * len(self._seeds)))
@@ -116,6 +168,10 @@ class Schedule:
 
     def _baseline(self, task: str, seed: int) -> Record | None:
         return self._ended.get(trial_id(self.baselines.index((task, seed))))
+
+    def _baseline_id(self, task: str) -> str:
+        """The task's baseline of the first seed."""
+        return trial_id(self.baselines.index((task, self._seeds[0])))
 
     def _has_baselines(self, task: str) -> bool:
         return all(self._baseline(task, seed) is not None for seed in self._seeds)

@@ -18,10 +18,10 @@ data: {{dir: {data}, tasks: [sst2], max_source_tokens: 48}}
 deft: {{alpha: {{loguniform: [0.1, 30]}}, epsilon: {{loguniform: [1e-5, 1e-1]}}}}
 dial: {{taus: [0.01, 0.05], calibration_examples: 8}}
 train: {{steps: 18, batch_size: 16, learning_rate: 3e-3, checkpoint_every_s: 0}}
-search: {{trials: 7, scheduler: mo_asha, max_concurrent: 1, objectives: {{score: max, density@0.05: min}}}}
+search: {{trials: 7, scheduler: mo_asha, max_concurrent: 1, front_seeds: 2, objectives: {{score: max, density@0.05: min}}}}
 constraint: {{max_score_drop: 0.2}}
 """
-SAME = ("trial", "status", "score", "density", "dial", "steps", "config")
+SAME = ("trial", "setting", "seed", "status", "score", "density", "dial", "steps", "config")
 
 
 def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path) -> None:
@@ -31,7 +31,8 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = sweep(spec, whole)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = records(whole)
+    everything = records(whole)
+    found, further = everything[:8], everything[8:]
 
     pruned = [record for record in found if record["status"] == "pruned"]
     stopped = {a["trial"]: a for a in arrivals(whole) if not a["goes_on"]}
@@ -49,13 +50,20 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
         assert (record["activation"], record["host"]) == (found[0]["activation"], found[0]["host"])
         assert record["versions"] == found[0]["versions"]
     saved = sum(18 - record["steps"] for record in pruned)
-    assert (
-        f"{len(pruned)} trials pruned: {8 * 18 - saved} steps trained, {saved} (" in (whole / "report.md").read_text()
+    trained = len(everything) * 18 - saved
+    assert f"{len(pruned)} trials pruned: {trained} steps trained, {saved} (" in (whole / "report.md").read_text()
+    assert [(record["trial"], record["seed"], record["baseline"]) for record in further[:1]] == [("t0000-s1", 1, True)]
+    assert all((r["status"], r["steps"], r["seed"]) == ("complete", 18, 1) for r in further), (
+        "they are judged by no rung"
     )
+    assert {r["setting"] for r in further} <= {r["trial"] for r in found if r["status"] == "complete"}
     assert not {row["trial"] for row in arrivals(whole) if row["baseline"]} & stopped.keys()
 
     with (whole / "front.csv").open() as stream:
-        points = {(row["trial"], row["tau"]) for row in csv.DictReader(stream)}
+        rows = list(csv.DictReader(stream))
+        points = {(row["trial"], row["tau"]) for row in rows}
+    assert {row["seeds"] for row in rows} == {"2"}, "whoever stands on the front has both seeds"
+    assert all(0 < float(row["front_probability"]) <= 1 for row in rows)
     assert {float(tau) for _, tau in points} <= {0.0, 0.01, 0.05}
     assert any(float(tau) for _, tau in points), "a threshold is on the front"
     assert "of the baseline with thresholds alone" in (whole / "report.md").read_text()
@@ -70,13 +78,16 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
     stop(process, signal.SIGKILL)
     again = sweep(spec, cut, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [[record[key] for key in SAME] for record in records(cut)] == [[r[key] for key in SAME] for r in found]
+    same = [[record[key] for key in SAME] for record in everything]
+    assert [[record[key] for key in SAME] for record in records(cut)] == same
     assert arrivals(cut) == arrivals(whole)
 
     more = sweep(spec, cut, "--extend", "--set", "search.trials=8")
     assert more.returncode == 0, more.stdout + more.stderr
-    assert [[record[key] for key in SAME] for record in records(cut)[:8]] == [[r[key] for key in SAME] for r in found]
-    assert [record["trial"] for record in records(cut)[8:]] == ["t0008"]
+    extended = records(cut)
+    assert [[record[key] for key in SAME] for record in extended[: len(same)]] == same
+    assert extended[len(same)]["trial"] == "t0008"
+    assert all(record["setting"] != record["trial"] for record in extended[len(same) + 1 :])
 
 
 def arrivals(output: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,9 @@ def ended(density: float, trial: int, task: str = "nano-sentiment", **fields: An
 
 
 def test_without_limits_nothing_is_ever_spent() -> None:
-    assert make_budget(began=0.0).spent([ended(0.5, n) for n in range(100)]) is None
+    records = [ended(0.5, n) for n in range(100)]
+    assert make_budget(began=0.0).spent(records) is None
+    assert make_budget(began=0.0).stalled(records) is None
 
 
 def test_hours_of_the_clock() -> None:
@@ -62,29 +64,29 @@ def test_a_front_that_no_longer_grows() -> None:
     base = ended(0.9, 0, baseline=True)
     falling = [ended(0.8 - 0.1 * n, n + 1) for n in range(4)]
     flat = [ended(0.5 - 0.001 * n, n + 5) for n in range(3)]
-    assert budget.spent([base, *falling]) is None
-    assert budget.spent([base, *falling, *flat[:2]]) is None
+    assert budget.stalled([base, *falling]) is None
+    assert budget.stalled([base, *falling, *flat[:2]]) is None
     why = "no hypervolume has grown by 0.05 in the last 3 trials"
-    assert budget.spent([base, *falling, *flat]) == why
-    assert budget.spent([base, *falling, *flat, ended(0.2, 9)]) is None
+    assert budget.stalled([base, *falling, *flat]) == why
+    assert budget.stalled([base, *falling, *flat, ended(0.2, 9)]) is None
     failed = [ended(0.5, n + 5, status="failed", score=None) for n in range(3)]
-    assert budget.spent([base, *falling, *failed]) == why, "nor do failures make it grow"
+    assert budget.stalled([base, *falling, *failed]) == why, "nor do failures make it grow"
 
 
 def test_a_task_without_a_baseline_does_not_keep_the_sweep_going() -> None:
     budget = make_budget(("nano-sentiment", "nano-question"), stall_trials=2, stall_growth=0.05)
     flat = [ended(0.9, n, baseline=n == 0) for n in range(4)]
     lost = ended(0.9, 9, "nano-question", baseline=True, status="failed", score=None)
-    assert budget.spent([*flat, lost]) == "no hypervolume has grown by 0.05 in the last 2 trials"
+    assert budget.stalled([*flat, lost]) == "no hypervolume has grown by 0.05 in the last 2 trials"
 
 
 def test_a_task_that_still_grows_keeps_the_sweep_going() -> None:
     budget = make_budget(("nano-sentiment", "nano-question"), stall_trials=2, stall_growth=0.05)
     one = [ended(0.9, 0, baseline=True), *(ended(0.9, n) for n in (1, 2, 3))]
     other = [ended(0.9, 10 + n, "nano-question", baseline=n == 0) for n in range(3)]
-    assert budget.spent(one) is None, "the other task has hardly begun"
-    assert budget.spent([*one, *other]) == "no hypervolume has grown by 0.05 in the last 2 trials"
-    assert budget.spent([*one, *other, ended(0.5, 20, "nano-question")]) is None
+    assert budget.stalled(one) is None, "the other task has hardly begun"
+    assert budget.stalled([*one, *other]) == "no hypervolume has grown by 0.05 in the last 2 trials"
+    assert budget.stalled([*one, *other, ended(0.5, 20, "nano-question")]) is None
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def point(*, baseline: bool = False) -> Point:
 
 def line(rec: Record, pnt: Point, remaining: int) -> str:
     stream = io.StringIO()
-    LiveLines(total=12, done=3, slots=2, stream=stream).ended(rec, pnt, {"deft.alpha": 0.5}, remaining)
+    LiveLines(done=3, slots=2, stream=stream).ended(rec, pnt, {"deft.alpha": 0.5}, remaining)
     return stream.getvalue()
 
 

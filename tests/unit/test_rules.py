@@ -645,3 +645,9 @@ def test_a_first_rung_that_no_trial_reaches_is_named(steps: int, first: float) -
     search = {"scheduler": "mo_asha", "first_rung": first}
     assert faults_of(search=search, train={"steps": steps}) == [(("train", "steps"), message)]
     assert faults_of(search=search | {"first_rung": 0.5}, train={"steps": max(steps, 2)}) == []
+
+
+def test_front_seeds_are_for_points_of_one_seed() -> None:
+    assert faults_of(search={"seeds": [3], "front_seeds": 3}) == []
+    message = "is for points of one seed (got 3); search.seeds trains every point with 2"
+    assert faults_of(search={"seeds": [0, 1], "front_seeds": 3}) == [(("search", "front_seeds"), message)]

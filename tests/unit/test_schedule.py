@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.schedule import Nothing, Schedule, trial_id
 
 
-def make_spec(**search: Any) -> SweepSpec:
+def make_spec(steps: int = 1, **search: Any) -> SweepSpec:
     tree: dict[str, Any] = {
         "name": "s",
         "data": {"tasks": ["nano-sentiment", "nano-entailment"]},
@@ -23,7 +25,7 @@ def make_spec(**search: Any) -> SweepSpec:
             "approximation": {"choice": ["l0", "tanh"]},
             "beta": 20.0,
         },
-        "train": {"steps": 1, "batch_size": {"choice": [8, 16]}},
+        "train": {"steps": steps, "batch_size": {"choice": [8, 16]}},
         "baseline": {"train.batch_size": 8},
         "search": {"trials": 6, "startup_trials": 2, **search},
     }
@@ -164,3 +166,122 @@ def test_points_to_try_first_are_tried_first(tmp_path: Path) -> None:
     trials = run(Schedule(make_spec(try_first=[point]), tmp_path, []))[2:4]
     for trial in trials:
         assert (trial.deft.alpha, trial.deft.epsilon, trial.train.batch_size) == (1.0, 1e-7, 16)
+
+
+# --- front seeds ------------------------------------------------------------------------------------------------------
+
+
+def noisy(trial: TrialSpec, status: str = "complete") -> Record:
+    """As :func:`ended`, but a seed scatters about the made-up result, and the record says whose setting it is."""
+    dice = random.Random(f"{trial.setting} {trial.seed}")
+    before = ended(trial, status)
+    if before.score is None or before.density is None:
+        return replace(before, setting=trial.setting)
+    density = min(1.0, before.density + dice.uniform(-0.05, 0.05))
+    return replace(before, setting=trial.setting, score=before.score + dice.uniform(-0.05, 0.05), density=density)
+
+
+def run_noisy(schedule: Schedule, records: list[Record], stop_after: int = 10**9) -> list[TrialSpec]:
+    done: list[TrialSpec] = []
+    while len(done) < stop_after and isinstance(trial := schedule.next(), TrialSpec):
+        records.append(noisy(trial))
+        schedule.ended(records[-1])
+        done.append(trial)
+    return done
+
+
+def front_by_hand(records: list[Record], task: str) -> set[str]:
+    """Settings whose mean score and density no other setting's beat."""
+    means = {}
+    for setting in {record.setting for record in records if record.task == task}:
+        mine = [record for record in records if record.setting == setting]
+        means[setting] = tuple(sum(getattr(r, key) for r in mine) / len(mine) for key in ("score", "density"))
+    return {
+        one
+        for one, (score, density) in means.items()
+        if not any(s >= score and d <= density and (s, d) != (score, density) for s, d in means.values())
+    }
+
+
+def test_whoever_stands_on_the_front_in_the_end_has_all_its_seeds(tmp_path: Path) -> None:
+    spec, records = make_spec(front_seeds=3, trials=12, seeds=[5], scheduler="none"), list[Record]()
+    done = run_noisy(Schedule(spec, tmp_path, []), records)
+    points, extra = done[: 2 * 13], done[2 * 13 :]
+    assert [trial.trial for trial in points] == [trial_id(index) for index in range(26)]
+    assert {trial.seed for trial in points} == {5}
+    assert len({trial.trial for trial in done}) == len(done)
+    for trial in extra:
+        first = next(one for one in points if one.trial == trial.setting)
+        place = int(trial.trial.removeprefix(f"{trial.setting}-s"))
+        assert trial.seed == 5 + place in (6, 7)
+        assert (trial.task, trial.baseline) == (first.task, first.baseline)
+        assert (trial.deft, trial.train) == (first.deft, first.train)
+        before = [one for one in done[: done.index(trial) + 1] if one.baseline and one.seed == trial.seed]
+        assert trial.task in {one.task for one in before}, "first the baseline of the same seed"
+    for task in spec.data.tasks:
+        standing = front_by_hand(records, task)
+        assert len(standing) > 2
+        for setting in standing | {trial.setting for trial in points if trial.task == task and trial.baseline}:
+            assert sorted(r.seed for r in records if r.setting == setting) == [5, 6, 7], setting
+    alone = {trial.setting for trial in points} - {trial.setting for trial in extra}
+    assert alone, "who never stood on the front has one seed"
+
+
+def test_a_setting_that_its_seeds_take_off_the_front_gets_no_more_and_the_next_one_some(tmp_path: Path) -> None:
+    spec = make_spec(front_seeds=3, trials=2, scheduler="none")
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"tasks": ["nano-sentiment"]})})
+    results = {
+        ("t0000", 0): (0.90, 0.9), ("t0000", 1): (0.90, 0.9), ("t0000", 2): (0.90, 0.9),
+        ("t0001", 0): (0.80, 0.4), ("t0001", 1): (0.30, 0.8),  # a lucky first seed: 0.55 at 0.6 on average
+        ("t0002", 0): (0.70, 0.5), ("t0002", 1): (0.70, 0.5), ("t0002", 2): (0.70, 0.5),
+    }  # fmt: skip
+    schedule, order = Schedule(spec, tmp_path, []), list[str]()
+    while isinstance(trial := schedule.next(), TrialSpec):
+        score, density = results[trial.setting, trial.seed]
+        schedule.ended(replace(ended(trial), setting=trial.setting, score=score, density=density))
+        order.append(trial.trial)
+    assert order == ["t0000", "t0001", "t0002", "t0000-s1", "t0001-s1", "t0002-s1", "t0000-s2", "t0002-s2"]
+
+
+@pytest.mark.parametrize("killed_after", [20, 26, 27, 30, 33])
+def test_front_seeds_go_on_after_an_interruption(tmp_path: Path, killed_after: int) -> None:
+    spec = make_spec(steps=9, front_seeds=2, trials=12, scheduler="mo_asha", first_rung=0.5)
+    whole = run_noisy(Schedule(spec, tmp_path / "whole", []), [])
+    records: list[Record] = []
+    first = run_noisy(Schedule(spec, tmp_path / "cut", []), records, killed_after)
+    again = Schedule(spec, tmp_path / "cut", records)
+    assert again.remaining > 0
+    assert first + run_noisy(again, records) == whole
+    assert again.remaining == 0
+    assert {bool(trial.rungs) for trial in whole[:26]} == {True}
+    assert {bool(trial.rungs) for trial in whole[26:]} == {False}, "they train to the end"
+
+
+def test_a_seed_whose_baseline_is_lost_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    spec, records = make_spec(front_seeds=2, trials=4), list[Record]()
+    schedule = Schedule(spec, tmp_path, [])
+    run_noisy(schedule, records, 10)
+    extra = []
+    while isinstance(trial := schedule.next(), TrialSpec):
+        lost = trial.task == "nano-sentiment" and trial.baseline
+        schedule.ended(noisy(trial, "failed" if lost else "complete"))
+        extra.append((trial.task, trial.baseline))
+    assert extra.count(("nano-sentiment", True)) == 1
+    assert ("nano-sentiment", False) not in extra
+    assert ("nano-entailment", False) in extra
+
+
+def test_who_samples_no_more_still_gets_front_seeds(tmp_path: Path) -> None:
+    schedule, records = Schedule(make_spec(front_seeds=2, trials=12), tmp_path, []), list[Record]()
+    started = run_noisy(schedule, records, 9)
+    running = schedule.next()
+    assert isinstance(running, TrialSpec)
+    schedule.sample_no_more()
+    assert schedule.next() is Nothing.YET, "one still trains"
+    assert (schedule.skipped, schedule.remaining) == (26 - 10, 1)
+    schedule.ended(noisy(running))
+    rest = run_noisy(schedule, records)
+    assert rest
+    assert all("-s1" in trial.trial for trial in rest)
+    assert {trial.setting for trial in rest} <= {trial.trial for trial in [*started, running]}
+    assert (schedule.skipped, schedule.remaining) == (16, 0)
