@@ -113,6 +113,7 @@ def check_rules(
         _baseline,
         _seeds,
         _try_first,
+        _warm_start,
         _grid,
         _rungs,
         _dial,
@@ -362,6 +363,13 @@ def _try_first(view: _View) -> Iterator[Fault]:
                 yield path, f"is not searched; searched are: {', '.join(view.space) or 'none'}"
             elif domain is not None and value not in domain:
                 yield path, f"lies outside the domain {domain} (got {show(value)})"
+
+
+def _warm_start(view: _View) -> Iterator[Fault]:
+    sampler = view.get("search.sampler", "tpe")
+    if view.get("search.warm_start") and sampler in ("grid", "random"):
+        message = f"means nothing to the {sampler} sampler, which learns from no point; leave it out"
+        yield ("search", "warm_start"), message
 
 
 def _grid(view: _View) -> Iterator[Fault]:

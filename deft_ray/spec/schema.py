@@ -164,6 +164,7 @@ class SearchSection(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     front_seeds: Annotated[int, Field(ge=2)] | None = None
     try_first: list[dict[str, Scalar]] = []
+    warm_start: list[str] = []
     scheduler: Literal["none", "mo_asha", "asha"] = "none"
     first_rung: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 9
     reduction_factor: Annotated[float, Field(ge=1.5)] = 3.0

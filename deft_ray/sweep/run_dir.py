@@ -64,7 +64,7 @@ class RunDir:
         if not self.plan.is_file() or not self.spec.is_file():
             raise SetupError(f"{self.path}: holds no sweep to continue; start one without --resume")
         self._plan()
-        there = _with_defaults(self._read_spec())
+        there = _with_defaults(self.read_spec())
         faults = [
             f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it began with"
             for path, before, here in _differences(there, _plain(spec))
@@ -128,7 +128,12 @@ class RunDir:
         file = self.curves / f"{trial}.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    def _read_spec(self) -> dict[str, Any]:
+    def read_spec(self) -> dict[str, Any]:
+        """Return ``spec.yaml`` as a plain tree.
+
+        Raises:
+            SetupError: If it is none.
+        """
         try:
             there = yaml.safe_load(self.spec.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):

@@ -70,6 +70,8 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool, extend: bool = Fal
     if spec.data.dir is not None:
         checks.append(lambda: check_data_folder(tasks, Path(str(spec.data.dir))))
     checks.append(lambda: check_own_files(tasks))
+    if spec.search.warm_start:
+        checks.append(lambda: _check_warm_start(spec))
     for check in checks:
         try:
             check()
@@ -77,6 +79,12 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool, extend: bool = Fal
             faults.append(str(error))
     if faults:
         raise SetupError("\n".join(faults))
+
+
+def _check_warm_start(spec: SweepSpec) -> None:
+    from deft_ray.sweep.warm_start import check_warm_start  # numpy and moocore, which few sweeps need this early
+
+    check_warm_start(spec)
 
 
 def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
@@ -93,7 +101,9 @@ def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
     data = data.model_copy(update={"dir": None if data.dir is None else _absolute(data.dir), "own": own})
     if storage is not None and "://" not in storage:
         storage = _absolute(storage)
-    return spec.model_copy(update={"model": model, "data": data, "storage": storage})
+    known = [name if name == "tasks" else _absolute(name) for name in spec.search.warm_start]
+    search = spec.search.model_copy(update={"warm_start": known})
+    return spec.model_copy(update={"model": model, "data": data, "search": search, "storage": storage})
 
 
 def _absolute(path: str) -> str:

@@ -8,6 +8,7 @@ and again for those that stand on it when their means have moved it; ``t0007-s2`
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deft_ray.results.records import Record
@@ -16,6 +17,7 @@ from deft_ray.spec.resolve import resolve_baseline, resolve_trial
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.front_seeds import FrontTrial, front_trials, is_front_trial
 from deft_ray.sweep.searcher import TaskSearch, changes
+from deft_ray.sweep.warm_start import EARLIER_TASKS, from_sweeps, keep, kept, known_points
 
 
 class Nothing(enum.Enum):
@@ -37,7 +39,8 @@ class Schedule:
     def __init__(self, spec: SweepSpec, folder: Path, records: list[Record]) -> None:
         self.spec = spec
         self._tasks, self._seeds, self._points = spec.data.tasks, spec.search.seeds, count_points(spec)
-        self._searches = {task: TaskSearch(spec, task, folder) for task in self._tasks}
+        self._folder, self._searches = folder, dict[str, TaskSearch]()
+        self._one_by_one = EARLIER_TASKS in spec.search.warm_start
         self._ended: dict[str, Record] = {}
         self._given: set[str] = set()
         self._samples_more = True
@@ -91,20 +94,21 @@ class Schedule:
                 self._given.add(trial)
                 return resolve_baseline(self.spec, trial, task, seed, self._baseline_id(task))
         lost = self.failed_tasks
-        for number in range(self._points):
-            for task in self._tasks:
-                if task in lost:
+        for number, task in self._order():
+            if task in lost:
+                continue
+            for place, seed in enumerate(self._seeds):
+                trial = self._id(task, number, place)
+                if trial in self._ended or trial in self._given or self._is_skipped(trial):
                     continue
-                for place, seed in enumerate(self._seeds):
-                    trial = self._id(task, number, place)
-                    if trial in self._ended or trial in self._given or self._is_skipped(trial):
-                        continue
-                    if not self._has_baselines(task):
-                        blocked = True
-                        continue
-                    self._given.add(trial)
-                    sample, setting = self._searches[task].point(number), self._id(task, number, 0)
-                    return resolve_trial(self.spec, trial, task, seed, sample, setting)
+                if not self._has_baselines(task):
+                    blocked = True
+                    continue
+                if self._one_by_one and not self._have_ended(self._tasks[: self._tasks.index(task)]):
+                    return Nothing.YET
+                self._given.add(trial)
+                sample, setting = self._search(task).point(number), self._id(task, number, 0)
+                return resolve_trial(self.spec, trial, task, seed, sample, setting)
         return Nothing.YET if blocked else self._next_front_seed()
 
     def _next_front_seed(self) -> TrialSpec | Nothing:
@@ -123,17 +127,41 @@ class Schedule:
         if one.baseline:
             return resolve_baseline(self.spec, one.trial, one.task, seed, one.setting)
         number = (int(one.setting[1:]) - len(self.baselines)) // (len(self._tasks) * len(self._seeds))
-        sample = self._searches[one.task].point(number)
+        sample = self._search(one.task).point(number)
         return resolve_trial(self.spec, one.trial, one.task, seed, sample, one.setting)
 
     def _front_trials(self) -> list[FrontTrial]:
         """Front seeds that are due and have not ended; none before every point has ended."""
         lost = self.failed_tasks
-        points = [trial for trial, task, _ in self._all() if task not in lost and not self._is_skipped(trial)]
-        if self.spec.search.front_seeds is None or any(trial not in self._ended for trial in points):
+        if self.spec.search.front_seeds is None or not self._have_ended(self._tasks):
             return []
         baselines = {task: self._baseline_id(task) for task in self._tasks if task not in lost}
         return [one for one in front_trials(self.spec, self._ended, baselines) if one.trial not in self._ended]
+
+    def _have_ended(self, tasks: Sequence[str]) -> bool:
+        """Whether every trial of these tasks has ended that will run at all."""
+        wanted = set(tasks) - set(self.failed_tasks)
+        return all(trial in self._ended or self._is_skipped(trial) for trial, task, _ in self._all() if task in wanted)
+
+    def _order(self) -> Iterator[tuple[int, str]]:
+        """Points as (number, task): the tasks in turn, or one after another where each starts from those before."""
+        if self._one_by_one:
+            yield from ((number, task) for task in self._tasks for number in range(self._points))
+        else:
+            yield from ((number, task) for number in range(self._points) for task in self._tasks)
+
+    def _search(self, task: str) -> TaskSearch:
+        """The task's searcher; what it starts from is read once, and kept."""
+        if task not in self._searches:
+            file = self._folder / f"{task}.warm.jsonl"
+            known = kept(file) if self.spec.search.warm_start else []
+            if known is None:
+                known = from_sweeps(self.spec, task)
+                if self._one_by_one:
+                    known += known_points(self._ended.values(), self._tasks[: self._tasks.index(task)])
+                keep(file, known)
+            self._searches[task] = TaskSearch(self.spec, task, self._folder, known)
+        return self._searches[task]
 
     def ended(self, record: Record) -> None:
         """Take note of an ended trial, and tell its study once all of its point's seeds have ended."""
@@ -148,9 +176,9 @@ class Schedule:
         ids = [self._id(task, number, place) for place in range(len(self._seeds))]
         baselines = [self._baseline(task, seed) for seed in self._seeds]
         if all(trial in self._ended for trial in ids):
-            self._searches[task].point(number)
+            self._search(task).point(number)
             results = [self._ended[trial] for trial in ids]
-            self._searches[task].tell(number, results, [record for record in baselines if record is not None])
+            self._search(task).tell(number, results, [record for record in baselines if record is not None])
 
     def _id(self, task: str, number: int, place: int) -> str:
         tasks, seeds = len(self._tasks), len(self._seeds)

@@ -53,10 +53,13 @@ class TaskSearch:
         spec: The sweep's spec.
         task: The task.
         folder: Where the study's journal lies; the study goes on from it.
+        known: Points that are told before any is asked: their records, one for each seed, and the baseline of each.
     """
 
-    def __init__(self, spec: SweepSpec, task: str, folder: Path) -> None:
-        self.spec, self.task = spec, task
+    def __init__(
+        self, spec: SweepSpec, task: str, folder: Path, known: Sequence[tuple[list[Record], list[Record]]] = ()
+    ) -> None:
+        self.spec, self.task, self._first = spec, task, len(known)
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -66,8 +69,10 @@ class TaskSearch:
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
             )
-        known = len(self._study.get_trials(deepcopy=False))
-        for point in first_points(spec)[known:]:  # killed meanwhile, the study has the first of them; none is asked yet
+        for place, (results, baselines) in enumerate(known):
+            self._tell_known(place, results, baselines)
+        there = len(self._study.get_trials(deepcopy=False)) - self._first
+        for point in first_points(spec)[there:]:  # killed meanwhile, the study has the first of them; none is asked yet
             self._study.enqueue_trial(dict(point))
 
     def point(self, number: int) -> dict[str, Scalar]:
@@ -75,18 +80,34 @@ class TaskSearch:
 
         A leaf that the point's other values leave unread has no value.
         """
-        known = self._study.get_trials(deepcopy=False)
+        known, place = self._study.get_trials(deepcopy=False), self._first + number
         self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
-        if number < len(known) and known[number].state != TrialState.WAITING:
-            trial = known[number]
+        if place < len(known) and known[place].state != TrialState.WAITING:
+            trial = known[place]
             if trial.state.is_finished() or not self._lacks(trial.params):
                 return dict(trial.params)
-            return {**self._suggest_all(self._view(known[:number]).ask()), **trial.params}  # killed while it was asked
-        if self.spec.search.sampler == "gp" and number == len(known):
+            return {**self._suggest_all(self._view(known[:place]).ask()), **trial.params}  # killed while it was asked
+        if self.spec.search.sampler == "gp" and place == len(known):
             self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
         asked = self._study.ask()
-        assert asked.number == number, f"asked for point {number} of {self.task}, got {asked.number}"
+        assert asked.number == place, f"asked for point {number} of {self.task}, got {asked.number - self._first}"
         return self._suggest_all(asked)
+
+    def _tell_known(self, place: int, results: list[Record], baselines: list[Record]) -> None:
+        """Tell a point that was measured elsewhere, unless the study has it."""
+        there = self._study.get_trials(deepcopy=False)
+        if place < len(there) and there[place].state.is_finished():
+            return
+        if place == len(there):
+            config, sample = results[0].config, dict[str, Scalar]()
+            for dotted in deciding_first(self.spec):
+                value = config.get(dotted)
+                if value is not None and is_read(self.spec, sample, dotted):
+                    sample[dotted] = value
+            self._study.enqueue_trial(sample)
+        if self._study.get_trials(deepcopy=False)[place].state == TrialState.WAITING:
+            self._suggest_all(self._study.ask())
+        self._tell(place, results, baselines)
 
     def _suggest_all(self, trial: Trial) -> dict[str, Scalar]:
         values: dict[str, Scalar] = {}
@@ -134,10 +155,14 @@ class TaskSearch:
             results: Its records, one for each seed.
             baselines: The baselines of the same seeds.
         """
-        frozen: FrozenTrial = self._study.get_trials(deepcopy=False)[number]
+        self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
+        self._tell(self._first + number, results, baselines)
+
+    def _tell(self, place: int, results: Sequence[Record], baselines: Sequence[Record]) -> None:
+        """Tell the study of its trial at this place."""
+        frozen: FrozenTrial = self._study.get_trials(deepcopy=False)[place]
         if frozen.state.is_finished():
             return
-        self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
         limit = self.spec.constraint.max_score_drop
         values = changes(results, baselines, judged_at(self.spec.search.objectives))
         ending = ending_of(results, values, limit)
@@ -148,11 +173,11 @@ class TaskSearch:
         trial.set_constraint(_SCORE_LIMIT, missed)
         trial.set_constraint(_NUMBERS, 1.0 if ending is Ending.DIVERGED else 0.0)
         if ending in (Ending.COMPLETE, Ending.INFEASIBLE) and values is not None:
-            self._study.tell(number, list(values))
+            self._study.tell(place, list(values))
         elif ending in (Ending.DIVERGED, Ending.PRUNED):
-            self._study.tell(number, state=TrialState.PRUNED)
+            self._study.tell(place, state=TrialState.PRUNED)
         else:
-            self._study.tell(number, state=TrialState.FAIL)
+            self._study.tell(place, state=TrialState.FAIL)
 
 
 def ending_of(results: Sequence[Record], values: tuple[float, float] | None, max_score_drop: float | None) -> Ending:

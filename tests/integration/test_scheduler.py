@@ -18,7 +18,8 @@ data: {{dir: {data}, tasks: [sst2], max_source_tokens: 48}}
 deft: {{alpha: {{loguniform: [0.1, 30]}}, epsilon: {{loguniform: [1e-5, 1e-1]}}}}
 dial: {{taus: [0.01, 0.05], calibration_examples: 8}}
 train: {{steps: 18, batch_size: 16, learning_rate: 3e-3, checkpoint_every_s: 0}}
-search: {{trials: 7, scheduler: mo_asha, max_concurrent: 1, front_seeds: 2, objectives: {{score: max, density@0.05: min}}}}
+search:
+  {{trials: 7, scheduler: mo_asha, max_concurrent: 1, front_seeds: 2, objectives: {{score: max, density@0.05: min}}}}
 constraint: {{max_score_drop: 0.2}}
 """
 SAME = ("trial", "setting", "seed", "status", "score", "density", "dial", "steps", "config")
