@@ -48,6 +48,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from deft_ray.results.across import across_tasks
     from deft_ray.results.records import RecordLog
     from deft_ray.results.report import write_results
     from deft_ray.sweep.run_dir import RunDir
@@ -58,7 +59,9 @@ def _report(options: argparse.Namespace) -> None:
     spec = yaml.safe_load(run_dir.spec.read_text(encoding="utf-8"))
     records = RecordLog(run_dir.records).read()
     limit, name = spec["constraint"]["max_score_drop"], spec["name"]
-    files = write_results(run_dir.path, name, records, limit, model=spec["model"]["name"])
+    shared = spec["search"].get("scope") == "shared"
+    together = across_tasks(records, spec["data"]["tasks"]) if shared else []
+    files = write_results(run_dir.path, name, [*records, *together], limit, model=spec["model"]["name"])
     if options.replay_mlflow:
         from deft_ray.tracking.client import default_tracking
         from deft_ray.tracking.mirror import Mirror, replay

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from deft_ray.results import figures
+from deft_ray.results.across import ALL_TASKS
 from deft_ray.results.figure_html import draw_html
 from deft_ray.results.figure_png import draw_png
 from deft_ray.results.files import file_stem, write_text
@@ -130,7 +131,7 @@ def _of(found: Iterable[Point], task: str) -> list[Point]:
 def _heading(
     spec_name: str, records: Sequence[Record], max_score_drop: float | None, stop_reason: str, extra: Mapping[str, Any]
 ) -> str:
-    counts = Counter(record.status for record in records)
+    counts = Counter(record.status for record in records if record.task != ALL_TASKS)
     trials = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
     facts = {"Trials": trials, "Score limit": _limit(max_score_drop), "Ended because": stop_reason, **extra}
     lines = [f"- {_cell(name)}: {_cell(value)}" for name, value in facts.items() if value not in ("", None)]

@@ -158,6 +158,7 @@ class SearchSection(Section):
     """What is sampled, how often, with which seeds."""
 
     trials: Annotated[int, Field(ge=0)] = 8
+    scope: Literal["per-task", "shared"] = "per-task"
     sampler: Literal["tpe", "nsga2", "gp", "random", "grid"] = "tpe"
     startup_trials: Positive = 10
     seed: Seed = 0

@@ -64,6 +64,16 @@ def _warm_start(view: View) -> Iterator[Fault]:
         yield ("search", "warm_start"), message
 
 
+def _scope(view: View) -> Iterator[Fault]:
+    """Points for all tasks together are one study, and have no task of their own to go on with."""
+    if view.get("search.scope", "per-task") != "shared":
+        return
+    for leaf in ("front_seeds", "warm_start"):
+        if view.get(f"search.{leaf}"):
+            message = f"is for scope per-task (got {show(view.get(f'search.{leaf}'))}); leave it out"
+            yield ("search", leaf), message
+
+
 def _grid(view: View) -> Iterator[Fault]:
     """A grid is of single values, and no larger than somebody would want to list."""
     if view.get("search.sampler") != "grid":
@@ -134,4 +144,4 @@ def _objectives(view: View) -> Iterator[Fault]:
         yield ("search", "objectives"), f"{what} (got {', '.join(given)}); one of {', '.join(known)}"
 
 
-SEARCH_RULES = (_baseline, _seeds, _try_first, _warm_start, _grid, _rungs, _dial, _objectives)
+SEARCH_RULES = (_baseline, _seeds, _try_first, _warm_start, _scope, _grid, _rungs, _dial, _objectives)

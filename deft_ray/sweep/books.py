@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from deft_ray.results.across import ALL_TASKS, across_tasks
 from deft_ray.results.front import front, hypervolume, mark, points, varying, write_front_csv
 from deft_ray.results.points import Point, of_first
 from deft_ray.results.records import Record, RecordLog
@@ -64,7 +65,7 @@ class Books:
         self.records.append(record)
         self.schedule.ended(record)
         found = self._points()
-        point = next(point for point in found if point.trial == record.trial)
+        point = next(point for point in found if (point.task, point.trial) == (record.task, record.trial))
         sampled: dict[str, Any] = {leaf: record.config[leaf] for leaf in self.spec.space}
         sampled = {leaf: value for leaf, value in sampled.items() if is_read(self.spec, sampled, leaf)}
         self.live.ended(record, point, sampled, self.schedule.remaining)
@@ -87,7 +88,7 @@ class Books:
         files = write_results(
             self.run_dir.path,
             self.spec.name,
-            self.records,
+            self._with_all_tasks(),
             self.spec.constraint.max_score_drop,
             stop_reason,
             {**extra, **early_stopping(self.records)},
@@ -107,14 +108,14 @@ class Books:
         """Say what each front is: one line per task."""
         found = self._points()
         lines = []
-        for task in self.spec.data.tasks:
+        for task in self._fronts(found):
             chosen = [point for point in front([p for p in found if p.task == task]) if not point.reference]
             baseline = next((p for p in found if p.task == task and p.reference and p.measured), None)
             if baseline is None or not chosen:
                 lines.append(f"{task}: no front beside the baseline" if baseline else f"{task}: no usable baseline")
                 continue
             best = min(chosen, key=lambda point: point.density or 0.0)
-            metric = find_task(task, self.spec.data).metric
+            metric = "mean score" if task == ALL_TASKS else find_task(task, self.spec.data).metric
             lines.append(
                 f"{task}: {len(chosen)} on the front; lowest density {best.density:.3f} ({best.name}, "
                 f"{metric} {best.score:.3f}), baseline {baseline.density:.3f} ({baseline.score:.3f})"
@@ -122,17 +123,22 @@ class Books:
         return lines
 
     def _points(self) -> list[Point]:
-        return points(self.records, self.spec.constraint.max_score_drop)
+        return points(self._with_all_tasks(), self.spec.constraint.max_score_drop)
+
+    def _with_all_tasks(self) -> list[Record]:
+        """The records, and where points are for all tasks, those of all tasks together."""
+        shared = self.spec.search.scope == "shared"
+        return [*self.records, *(across_tasks(self.records, self.spec.data.tasks) if shared else ())]
 
     def _fronts(self, found: list[Point]) -> dict[str, list[Point]]:
         return {
             task: front([point for point in found if point.task == task])
-            for task in self.spec.data.tasks
+            for task in (*self.spec.data.tasks, ALL_TASKS)
             if any(point.task == task for point in found)
         }
 
     def _mirror_record(self, record: Record, found: list[Point], rows: list[dict[str, Any]], step: int) -> None:
-        point = next(point for point in found if point.trial == record.trial)
+        point = next(point for point in found if (point.task, point.trial) == (record.task, record.trial))
         metric_rows = [row for row in rows if row["kind"] != "end"]
         self._mirror.record(record, point.score_drop, point.density_change, metric_rows)
         mine = mark(other for other in of_first(found, step) if other.task == record.task)

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from deft_ray.results.across import ALL_TASKS
 from deft_ray.results.records import Record
 from deft_ray.spec.points import count_points
 from deft_ray.spec.resolve import resolve_baseline, resolve_trial
@@ -41,6 +42,7 @@ class Schedule:
         self._tasks, self._seeds, self._points = spec.data.tasks, spec.search.seeds, count_points(spec)
         self._folder, self._searches = folder, dict[str, TaskSearch]()
         self._one_by_one = EARLIER_TASKS in spec.search.warm_start
+        self._shared = spec.search.scope == "shared"
         self._ended: dict[str, Record] = {}
         self._given: set[str] = set()
         self._samples_more = True
@@ -101,13 +103,13 @@ class Schedule:
                 trial = self._id(task, number, place)
                 if trial in self._ended or trial in self._given or self._is_skipped(trial):
                     continue
-                if not self._has_baselines(task):
+                if not (self.has_baselines if self._shared else self._has_baselines(task)):
                     blocked = True
                     continue
                 if self._one_by_one and not self._have_ended(self._tasks[: self._tasks.index(task)]):
                     return Nothing.YET
                 self._given.add(trial)
-                sample, setting = self._search(task).point(number), self._id(task, number, 0)
+                sample, setting = self._search(task).point(number), self._setting(task, number)
                 return resolve_trial(self.spec, trial, task, seed, sample, setting)
         return Nothing.YET if blocked else self._next_front_seed()
 
@@ -150,8 +152,13 @@ class Schedule:
         else:
             yield from ((number, task) for number in range(self._points) for task in self._tasks)
 
+    def _setting(self, task: str, number: int) -> str:
+        """Name of a point: its trial of the first seed, and where a point is for all tasks, of the first task."""
+        return self._id(self._tasks[0] if self._shared else task, number, 0)
+
     def _search(self, task: str) -> TaskSearch:
-        """The task's searcher; what it starts from is read once, and kept."""
+        """The task's searcher, or that of all tasks; what it starts from is read once, and kept."""
+        task = ALL_TASKS if self._shared else task
         if task not in self._searches:
             file = self._folder / f"{task}.warm.jsonl"
             known = kept(file) if self.spec.search.warm_start else []
@@ -173,8 +180,10 @@ class Schedule:
             self._tell_if_ended(record.task, place // (len(self._tasks) * len(self._seeds)))
 
     def _tell_if_ended(self, task: str, number: int) -> None:
-        ids = [self._id(task, number, place) for place in range(len(self._seeds))]
-        baselines = [self._baseline(task, seed) for seed in self._seeds]
+        lost = self.failed_tasks
+        tasks = [each for each in self._tasks if each not in lost] if self._shared else [task]
+        ids = [self._id(each, number, place) for each in tasks for place in range(len(self._seeds))]
+        baselines = [self._baseline(each, seed) for each in tasks for seed in self._seeds]
         if all(trial in self._ended for trial in ids):
             self._search(task).point(number)
             results = [self._ended[trial] for trial in ids]
@@ -199,7 +208,7 @@ class Schedule:
 
     def _baseline_id(self, task: str) -> str:
         """The task's baseline of the first seed."""
-        return trial_id(self.baselines.index((task, self._seeds[0])))
+        return trial_id(self.baselines.index((self._tasks[0] if self._shared else task, self._seeds[0])))
 
     def _has_baselines(self, task: str) -> bool:
         return all(self._baseline(task, seed) is not None for seed in self._seeds)

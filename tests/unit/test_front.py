@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from deft_ray.errors import RecordsError
+from deft_ray.results.across import ALL_TASKS, across_tasks
 from deft_ray.results.front import (
     front,
     front_probability,
@@ -529,3 +530,35 @@ def test_who_is_far_ahead_stands_surely_and_one_seed_scatters_as_the_others_do()
     assert front_probability(points(records[:1])) == {}, "one seed says nothing of its scatter"
     probabilities = {p.trial: p.front_probability for p in points(records)}
     assert probabilities == {"far-0": 1.0, "far-1": 1.0, "near-0": 0.0, "near-1": 0.0}
+
+
+# --- one configuration for all tasks ----------------------------------------------------------------------------------
+
+
+def test_settings_across_tasks_stand_at_mean_score_change_and_mean_density() -> None:
+    def both(setting: str, one: tuple[float, float], other: tuple[float, float], **fields: Any) -> list[Record]:
+        return [
+            make_record(f"{setting}-{task}", *at, task=task, setting=setting, **fields)
+            for task, at in (("rte", one), ("cola", other))
+        ]
+
+    before = both("b", (0.8, 0.9), (0.4, 0.7), baseline=True)
+    good, poor = both("x", (0.7, 0.5), (0.4, 0.3)), both("y", (0.6, 0.6), (0.4, 0.3))
+    half = both("z", (0.9, 0.1), (0.9, 0.1))[:1]
+    broken = [*both("w", (0.9, 0.1), (0.9, 0.1))[:1], replace(both("w", (0, 0), (0, 0))[1], status="diverged")]
+    found = across_tasks([*before, *good, *poor, *half, *broken], ["rte", "cola"])
+    assert {record.task for record in found} == {ALL_TASKS}
+    assert [(r.setting, r.score, r.density) for r in found] == [
+        ("b", pytest.approx(0.6), pytest.approx(0.8)),
+        ("x", pytest.approx(0.55), pytest.approx(0.4)),
+        ("y", pytest.approx(0.5), pytest.approx(0.45)),
+    ]
+    placed = {p.setting: (p.score_drop, p.feasible, p.on_front) for p in points(found, 0.06)}
+    assert placed == {
+        "b": (0.0, True, True),
+        "x": (pytest.approx(0.05), True, True),  # 0.1 off on one task, nothing on the other
+        "y": (pytest.approx(0.10), False, False),
+    }
+    assert across_tasks(before[:1] + good, ["rte", "cola"]) == [], "before all baselines have ended"
+    lost = [before[0], replace(before[1], status="failed")]
+    assert [r.score for r in across_tasks([*lost, good[0]], ["rte", "cola"])] == [0.8, 0.7], "of the task that is left"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from deft_ray.results.records import Record
@@ -285,3 +286,56 @@ def test_who_samples_no_more_still_gets_front_seeds(tmp_path: Path) -> None:
     assert all("-s1" in trial.trial for trial in rest)
     assert {trial.setting for trial in rest} <= {trial.trial for trial in [*started, running]}
     assert (schedule.skipped, schedule.remaining) == (16, 0)
+
+
+# --- one configuration for all tasks ----------------------------------------------------------------------------------
+
+
+def test_a_shared_point_runs_on_every_task_and_is_told_by_its_means(tmp_path: Path) -> None:
+    spec = make_spec(scope="shared", trials=5)
+    schedule, records = Schedule(spec, tmp_path, []), list[Record]()
+    trials: list[TrialSpec] = []
+    while isinstance(trial := schedule.next(), TrialSpec):
+        shift = 0.1 if trial.task == "nano-entailment" else 0.0
+        made = ended(trial)
+        assert made.score is not None
+        assert made.density is not None
+        lower = 0.0 if trial.baseline else shift
+        records.append(replace(made, setting=trial.setting, score=made.score - lower, density=made.density - shift))
+        schedule.ended(records[-1])
+        trials.append(trial)
+
+    assert [trial.task for trial in trials] == ["nano-sentiment", "nano-entailment"] * 6
+    for first, second in zip(trials[2::2], trials[3::2], strict=True):
+        assert first.deft == second.deft
+        assert first.setting == second.setting == first.trial
+    assert {trial.setting for trial in trials[:2]} == {"t0000"}
+    assert [file.name for file in tmp_path.glob("*.log")] == ["all-tasks.log"], "one study"
+    study = optuna.load_study(
+        study_name="all-tasks",
+        storage=optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / "all-tasks.log"))
+        ),
+    )
+    for point, first in zip(study.trials, trials[2::2], strict=True):
+        weight = min(1.0, first.deft.alpha / 10)
+        assert point.values == pytest.approx([-0.3 * weight**2 - 0.05, 1.0 - 0.8 * weight - 0.05])
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 6, 7, 11])
+def test_a_killed_shared_search_goes_on_as_if_it_had_not_been(tmp_path: Path, killed_after: int) -> None:
+    spec = make_spec(scope="shared", trials=5)
+    whole = run(Schedule(spec, tmp_path / "whole", []))
+    before = run(Schedule(spec, tmp_path / "cut", []), killed_after)
+    assert before + run(Schedule(spec, tmp_path / "cut", [ended(trial) for trial in before])) == whole
+
+
+def test_a_shared_search_goes_on_without_a_task_that_has_no_baseline(tmp_path: Path) -> None:
+    schedule = Schedule(make_spec(scope="shared", trials=3), tmp_path, [])
+    done = []
+    while isinstance(trial := schedule.next(), TrialSpec):
+        lost = trial.baseline and trial.task == "nano-sentiment"
+        schedule.ended(ended(trial, "failed" if lost else "complete"))
+        done.append((trial.task, trial.baseline))
+    assert done[2:] == [("nano-entailment", False)] * 3
+    assert schedule.remaining == 0
