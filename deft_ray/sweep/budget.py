@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from deft_ray.results.front import hypervolume_history
+from deft_ray.results.front import hypervolume
+from deft_ray.results.points import compare, of_first
 from deft_ray.results.records import Record
 from deft_ray.spec.schema import SweepSpec
 
@@ -63,7 +64,8 @@ class Budget:
             mine = [record for record in records if record.task == task]
             if len(mine) < sum(record.baseline for record in mine) + last:
                 return False
-            history = hypervolume_history(mine, task, self._spec.constraint.max_score_drop)
-            if history[-1] - history[-1 - last] >= self._budget.stall_growth:
+            found = compare(mine, self._spec.constraint.max_score_drop)
+            before = of_first(found, len(mine) - last)
+            if hypervolume(found) - hypervolume(before) >= self._budget.stall_growth:
                 return False
         return True

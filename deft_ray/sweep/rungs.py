@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import moocore
@@ -139,25 +140,25 @@ def _whole_lines(journal: Path) -> list[str]:
 
 def is_among_the_best(others: Sequence[Arrival], mine: Arrival, factor: float) -> bool:
     """Tell whether an arrival is among the best 1/η of its rung, itself counted."""
-    place = order([*others, mine]).index(len(others))
-    return place < max(1, int((len(others) + 1) / factor))
+    kept = max(1, int((len(others) + 1) / factor))
+    return len(others) in islice(order([*others, mine]), kept)
 
 
-def order(arrivals: Sequence[Arrival]) -> list[int]:
-    """Return the places of a rung's arrivals in ``arrivals``, best first."""
+def order(arrivals: Sequence[Arrival]) -> Iterator[int]:
+    """Yield the places of a rung's arrivals in ``arrivals``, best first."""
     feasible = [index for index, arrival in enumerate(arrivals) if arrival.missed == 0.0]
     rest = sorted(set(range(len(arrivals))) - set(feasible), key=lambda index: (arrivals[index].missed, index))
     if not feasible:
-        return rest
+        yield from rest
+        return
     values = np.array([[-arrivals[index].score, arrivals[index].density] for index in feasible], dtype=np.float64)
     span = np.ptp(values, axis=0)
     scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
     ranks = moocore.pareto_rank(values)
-    ordered: list[int] = []
     for rank in np.unique(ranks):
         front = np.flatnonzero(ranks == rank)
-        ordered += [feasible[front[place]] for place in epsilon_net(scaled[front])]
-    return ordered + rest
+        yield from (feasible[front[place]] for place in epsilon_net(scaled[front]))
+    yield from rest
 
 
 def epsilon_net(points: np.ndarray) -> list[int]:
