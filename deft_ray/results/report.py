@@ -15,7 +15,17 @@ from deft_ray.results.across import ALL_TASKS
 from deft_ray.results.figure_html import draw_html
 from deft_ray.results.figure_png import draw_png
 from deft_ray.results.files import file_stem, write_text
-from deft_ray.results.front import front, hypervolume, knee, lowest_density, points, varying, write_front_csv
+from deft_ray.results.front import (
+    front,
+    hypervolume,
+    hypervolume_history,
+    knee,
+    lowest_density,
+    points,
+    to_csv,
+    varying,
+    write_front_csv,
+)
 from deft_ray.results.points import Point, merge
 from deft_ray.results.records import STATUSES, Record
 
@@ -39,7 +49,7 @@ def write_results(
     model: str = "",
     tracking_uri: str = "",
 ) -> list[Path]:
-    """Write ``front.csv``, ``pareto-<task>.html|png|csv`` and ``report.md``, each all or nothing.
+    """Write ``front.csv``, ``hypervolume.csv``, ``pareto-<task>.html|png|csv`` and ``report.md``, each all or nothing.
 
     Args:
         run_dir: Run directory.
@@ -61,12 +71,25 @@ def write_results(
     found = points(records, max_score_drop)
     fronts = {task: front(_of(found, task)) for task in _tasks(records)}
     written = [write_front_csv(run_dir / "front.csv", fronts, settings=varying(found))]
+    written.append(_write_history(run_dir / "hypervolume.csv", records, max_score_drop))
     for task in fronts:
         written += write_figures(run_dir, records, task, max_score_drop, model)
     report = write_report(
         run_dir, spec_name, records, max_score_drop, stop_reason, extra or {}, tracking_uri=tracking_uri
     )
     return [*written, report]
+
+
+def _write_history(path: Path, records: Sequence[Record], max_score_drop: float | None) -> Path:
+    """Write each task's hypervolume after each of its trials, beside the steps that they took together."""
+    rows = []
+    for task in _tasks(records):
+        mine, steps = [record for record in records if record.task == task], 0
+        history = hypervolume_history(mine, task, max_score_drop)
+        for number, (record, volume) in enumerate(zip(mine, history, strict=True), start=1):
+            steps += record.steps
+            rows.append((task, number, record.trial, steps, volume))
+    return write_text(path, to_csv(("task", "trials", "trial", "steps", "hypervolume"), rows))
 
 
 def write_figures(
@@ -280,6 +303,7 @@ def _time_split(records: Sequence[Record]) -> str:
 
 def _files(tracking_uri: str) -> str:
     lines = ["## More", "", "- [front.csv](front.csv): the fronts of all tasks with every setting that varies"]
+    lines += ["- [hypervolume.csv](hypervolume.csv): each task's hypervolume over trials and steps"]
     lines += ["- [records.jsonl](records.jsonl): one line per ended trial"]
     if tracking_uri.startswith(("http://", "https://", "databricks")):
         lines += [f"- MLflow: {tracking_uri}"]

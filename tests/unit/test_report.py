@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,10 @@ def test_write_results_leaves_all_files_and_no_other(tmp_path: Path) -> None:
     written = write_results(tmp_path / "run", "glue", SWEEP, 0.02, "all trials ended")
     stems = ["pareto-squad", "pareto-glue-cola"]
     figures = [f"{stem}.{ending}" for stem in stems for ending in ("html", "png", "csv")]
-    assert [path.name for path in written] == ["front.csv", *figures, "report.md"]
+    assert [path.name for path in written] == ["front.csv", "hypervolume.csv", *figures, "report.md"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in written}
     links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "run" / "report.md").read_text())
-    assert set(links) - {"records.jsonl"} == {"front.csv", *figures}
+    assert set(links) - {"records.jsonl"} == {"front.csv", "hypervolume.csv", *figures}
 
 
 def test_front_csv_has_every_setting_that_varies_in_the_sweep(tmp_path: Path) -> None:
@@ -122,13 +123,33 @@ def test_front_csv_has_every_setting_that_varies_in_the_sweep(tmp_path: Path) ->
     assert text.splitlines()[0].endswith("dtype,deft.alpha,adapter.r")
 
 
+def test_hypervolume_csv_follows_trials_and_steps(tmp_path: Path) -> None:
+    records = [
+        make_record("t0", 0.8, 1.0, baseline=True, steps=90),
+        make_record("x0", 0.5, 0.5, task="rte", steps=7),
+        make_record("t1", None, None, status="failed", steps=5),
+        make_record("t2", 0.7, 0.4, steps=90),
+        make_record("t3", 0.8, 0.5, steps=90),
+    ]
+    rows = list(csv.DictReader(write_results(tmp_path, "glue", records)[1].open()))
+    assert [(row["task"], row["trials"], row["trial"], row["steps"]) for row in rows] == [
+        ("squad", "1", "t0", "90"),
+        ("squad", "2", "t1", "95"),
+        ("squad", "3", "t2", "185"),
+        ("squad", "4", "t3", "275"),
+        ("rte", "1", "x0", "7"),
+    ]
+    volumes = [float(row["hypervolume"]) for row in rows]
+    assert volumes == pytest.approx([0.0, 0.0, 0.7 * 0.6, 0.7 * 0.1 + 0.8 * 0.5, 0.5 * 0.5])
+
+
 def test_write_results_twice_is_the_same(tmp_path: Path) -> None:
     first = {path.name: path.read_bytes() for path in write_results(tmp_path, "glue", SWEEP, 0.02)}
     assert {path.name: path.read_bytes() for path in write_results(tmp_path, "glue", SWEEP, 0.02)} == first
 
 
 def test_write_results_of_nothing(tmp_path: Path) -> None:
-    assert [path.name for path in write_results(tmp_path, "glue", [])] == ["front.csv", "report.md"]
+    assert [path.name for path in write_results(tmp_path, "glue", [])] == ["front.csv", "hypervolume.csv", "report.md"]
 
 
 def test_two_dtypes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
