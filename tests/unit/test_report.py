@@ -131,7 +131,7 @@ def test_hypervolume_csv_follows_trials_and_steps(tmp_path: Path) -> None:
         make_record("t2", 0.7, 0.4, steps=90),
         make_record("t3", 0.8, 0.5, steps=90),
     ]
-    rows = list(csv.DictReader(write_results(tmp_path, "glue", records)[1].open()))
+    rows = list(csv.DictReader(write_results(tmp_path, "glue", records)[1].read_text().splitlines()))
     assert [(row["task"], row["trials"], row["trial"], row["steps"]) for row in rows] == [
         ("squad", "1", "t0", "90"),
         ("squad", "2", "t1", "95"),
