@@ -180,6 +180,7 @@ def merge(points: Iterable[Point]) -> list[Point]:
 def _mean(members: Sequence[Point]) -> Point:
     if len(members) == 1:
         return members[0]
+    members = sorted(members, key=lambda point: (point.trial != point.setting, point.seed))
     scores, densities = ([float(getattr(p, name)) for p in members] for name in ("score", "density"))
     return replace(
         members[0],

@@ -21,6 +21,7 @@ class Plan:
         tasks: Tasks in the order in which they are served.
         metrics: What each of them is scored by.
         seeds: Training seeds.
+        front_seeds: Seeds of whoever stands on the front once all points have ended; None for no further ones.
         baselines: Trials with the density loss off: one for every task and seed.
         sampled: Trials that are sampled: points x tasks x seeds.
         steps: Training steps of one trial, or None if it is given in epochs or searched.
@@ -39,6 +40,7 @@ class Plan:
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
+    front_seeds: int | None
     baselines: int
     sampled: int
     steps: int | None
@@ -78,6 +80,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         tasks=tasks,
         metrics=tuple(find_task(name, spec.data).metric for name in tasks),
         seeds=seeds,
+        front_seeds=spec.search.front_seeds,
         baselines=len(tasks) * len(seeds),
         sampled=count_points(spec) * len(tasks) * len(seeds),
         steps=None if "train.steps" in spec.space else spec.train.steps,
@@ -110,6 +113,10 @@ def count_hosts(spec: SweepSpec, machine: Machine) -> int:
     return max(1, room)
 
 
+def _further(front_seeds: int | None) -> str:
+    return "" if front_seeds is None else f"; then {front_seeds} for each point on the front, beside the trials above"
+
+
 def format_plan(plan: Plan) -> str:
     """Write a plan for a person."""
     length = "steps as sampled" if "train.steps" in plan.space else "by epochs"
@@ -119,7 +126,7 @@ def format_plan(plan: Plan) -> str:
         ("model", plan.model),
         ("tasks", ", ".join(f"{name} ({metric})" for name, metric in zip(plan.tasks, plan.metrics, strict=True))),
         ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} sampled, {length}"),
-        ("seeds", ", ".join(map(str, plan.seeds))),
+        ("seeds", ", ".join(map(str, plan.seeds)) + _further(plan.front_seeds)),
         ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once"),
         ("run directory", plan.output),
         ("checkpoints", plan.storage),

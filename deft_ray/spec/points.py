@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.resolve import DECIDING, is_read
@@ -37,6 +37,16 @@ def grid(spec: SweepSpec) -> list[Point]:
 def deciding_first(spec: SweepSpec) -> Iterator[str]:
     """Searched leaves in an order in which those that decide whether others are read come first."""
     return iter(sorted(spec.space, key=lambda dotted: dotted not in DECIDING))
+
+
+def sample_of(spec: SweepSpec, config: Mapping[str, Scalar | None]) -> Point:
+    """Return the values of the searched leaves that a trial with these settings reads."""
+    sample: Point = {}
+    for dotted in deciding_first(spec):
+        value = config.get(dotted)
+        if value is not None and is_read(spec, sample, dotted):
+            sample[dotted] = value
+    return sample
 
 
 def _values(domain: Domain) -> Sequence[Scalar]:

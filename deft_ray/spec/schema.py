@@ -125,7 +125,7 @@ class DialSection(Section):
     """The threshold dial: every trained model is also scored with small activations set to zero.
 
     Args:
-        taus: Thresholds; activations with magnitude of at most τ become zero, in every block. None: no dial.
+        taus: Thresholds; activations with magnitude of at most τ become zero, in every block. Empty for no dial.
         calibration_examples: Training examples that no trial is trained on: on them it is chosen which τ of a trial
             stand beside it.
     """
@@ -193,7 +193,7 @@ class BudgetSection(Section):
         wall_hours: Hours since the command was started; a resumed sweep has them anew.
         gpu_hours: Hours of trials times the GPUs of a host.
         steps: Training steps of all trials.
-        stall_trials: Sampled trials of each task in a row in which no hypervolume has grown by ``stall_growth``.
+        stall_trials: Sampled points of each task in a row by which no hypervolume has grown by ``stall_growth``.
         stall_growth: In units of the hypervolume, whose largest value is 1.
     """
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from deft_ray.results.across import ALL_TASKS, across_tasks
 from deft_ray.results.front import front, hypervolume, mark, points, varying, write_front_csv
-from deft_ray.results.points import Point, of_first
+from deft_ray.results.points import Point, merge, of_first
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
 from deft_ray.spec.catalog import find_task
 from deft_ray.spec.resolve import is_read
 from deft_ray.spec.schema import SweepSpec, TrialSpec
+from deft_ray.sweep.front_seeds import is_front_trial
 from deft_ray.sweep.live import LiveLines
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.sweep.schedule import Schedule
@@ -49,8 +50,9 @@ class Books:
                 self.tracking_uri, spec.tracking.experiment, artifact_root, run_dir.sweep_id, spec.name, started
             )
         )
+        found = self._points()
         for number, record in enumerate(self.records, start=1):
-            self._mirror_record(record, self._points(), run_dir.read_curve(record.trial), number)
+            self._mirror_record(record, found, run_dir.read_curve(record.trial), number)
 
     def ended(self, trial: TrialSpec, rows: list[dict[str, Any]]) -> None:
         """Take an ended trial: its spec and all its rows, the last of kind ``end``.
@@ -69,7 +71,7 @@ class Books:
         sampled: dict[str, Any] = {leaf: record.config[leaf] for leaf in self.spec.space}
         sampled = {leaf: value for leaf, value in sampled.items() if is_read(self.spec, sampled, leaf)}
         self.live.ended(record, point, sampled, self.schedule.remaining)
-        if record.baseline and record.status != "complete":
+        if record.baseline and record.status != "complete" and not is_front_trial(record.trial):
             self.live.say(f"the baseline of {record.task} failed: no more trials of this task")
         write_front_csv(self.run_dir.path / "front.csv", self._fronts(found), settings=varying(found))
         self._mirror_record(record, found, rows, len(self.records))
@@ -110,7 +112,7 @@ class Books:
         lines = []
         for task in self._fronts(found):
             chosen = [point for point in front([p for p in found if p.task == task]) if not point.reference]
-            baseline = next((p for p in found if p.task == task and p.reference and p.measured), None)
+            baseline = next((p for p in merge(found) if p.task == task and p.reference), None)
             if baseline is None or not chosen:
                 lines.append(f"{task}: no front beside the baseline" if baseline else f"{task}: no usable baseline")
                 continue

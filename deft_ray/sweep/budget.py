@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 
 from deft_ray.results.front import hypervolume
-from deft_ray.results.points import compare, of_first
+from deft_ray.results.points import compare
 from deft_ray.results.records import Record
 from deft_ray.spec.schema import SweepSpec
+from deft_ray.sweep.front_seeds import is_front_trial
 
 
 class Budget:
@@ -25,6 +26,7 @@ class Budget:
     def __init__(self, spec: SweepSpec, began: float) -> None:
         self._spec, self._budget, self._began = spec, spec.budget, began
         self.gpus = 0
+        self._judged = -1, False
 
     def spent(self, records: Sequence[Record]) -> str | None:
         """Return what is spent, for the report; None while there is some left.
@@ -50,22 +52,35 @@ class Budget:
             records: Ended trials, in the order in which they ended.
         """
         budget = self._budget
-        if budget.stall_trials is None or not self._stalls(records, budget.stall_trials):
+        if budget.stall_trials is None:
+            return None
+        if self._judged[0] != len(records):
+            self._judged = len(records), self._stalls(records, budget.stall_trials)
+        if not self._judged[1]:
             return None
         return f"no hypervolume has grown by {budget.stall_growth:g} in the last {budget.stall_trials} trials"
 
     def _stalls(self, records: Sequence[Record], last: int) -> bool:
-        """Whether no task's hypervolume has grown enough in its last so many sampled trials.
+        """Whether no task's hypervolume has grown enough by its last so many points.
 
-        A task whose baseline was lost has no more trials, and nothing to say.
+        A point counts once all its seeds have ended, front seeds aside. A task whose baseline was lost has no more
+        points, and nothing to say.
         """
+        records = [record for record in records if not is_front_trial(record.trial)]
         lost = {record.task for record in records if record.baseline and record.status != "complete"}
         for task in set(self._spec.data.tasks) - lost:
             mine = [record for record in records if record.task == task]
-            if len(mine) < sum(record.baseline for record in mine) + last:
+            ends: dict[str, list[int]] = {}
+            for place, record in enumerate(mine):
+                if not record.baseline:
+                    ends.setdefault(record.setting or record.trial, []).append(place)
+            whole = [name for name, places in ends.items() if len(places) == len(self._spec.search.seeds)]
+            late = sorted(whole, key=lambda name: ends[name][-1])[-last:]
+            if len(whole) < last:
                 return False
             found = compare(mine, self._spec.constraint.max_score_drop)
-            before = of_first(found, len(mine) - last)
-            if hypervolume(found) - hypervolume(before) >= self._budget.stall_growth:
+            known = [point for point in found if point.baseline or point.key[1] in whole]
+            before = [point for point in known if point.baseline or point.key[1] not in late]
+            if hypervolume(known) - hypervolume(before) >= self._budget.stall_growth:
                 return False
         return True

@@ -49,12 +49,13 @@ class RunDir:
         if os.path.lexists(self.path) and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SetupError(f"{self.path}: is not an empty folder; give another one with --output")
 
-    def check_same(self, spec: SweepSpec, extend: bool = False) -> None:
+    def check_same(self, spec: SweepSpec, extend: bool = False, resume: bool = True) -> None:
         """Check that the sweep here is the one that is to be continued.
 
         Args:
             spec: What it is to be continued with.
             extend: Whether there are to be more trials than before.
+            resume: Whether that may have been said before: a sweep that is extended may have been interrupted.
 
         Raises:
             SetupError: If there is none, or with every leaf that differs.
@@ -71,7 +72,7 @@ class RunDir:
             if not path.startswith(("tracking", "budget")) and not (extend and path == "search.trials")
         ]
         before, here = there.get("search", {}).get("trials"), spec.search.trials
-        if extend and (not isinstance(before, int) or here <= before):
+        if extend and (not isinstance(before, int) or here < before or (here == before and not resume)):
             faults.append(f"{self.path}: search.trials: is {here} now, was {before}; --extend needs more than before")
         if faults:
             raise SetupError("\n".join(faults))
@@ -95,8 +96,8 @@ class RunDir:
     def extend(self, spec: SweepSpec, plan: Plan) -> None:
         """Write the spec and the plan of more trials in the place of the old ones; the sweep stays the same."""
         content = {"sweep_id": self.sweep_id, **plan.to_json()}
-        self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
         self._write(self.plan, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
 
     @property
     def begun(self) -> bool:

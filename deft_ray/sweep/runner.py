@@ -22,7 +22,7 @@ from deft_ray.spec.rules import Machine, this_machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.tasks.own import check_own_files
-from deft_ray.tasks.rows import check_data_folder
+from deft_ray.tasks.rows import check_calibration, check_data_folder
 
 #: Set before Ray is imported: quiet, no usage reports, nothing that needs the network.
 _ENVIRONMENT = {
@@ -63,14 +63,15 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool, extend: bool = Fal
         SetupError: With all faults found in the output folder, the model folder and the data folder.
     """
     faults = []
-    checks = [lambda: run_dir.check_same(spec, extend) if resume or extend else run_dir.check_new()]
+    checks = [lambda: run_dir.check_same(spec, extend, resume) if resume or extend else run_dir.check_new()]
     if spec.model.name != NANO and os.path.isdir(spec.model.name):
         checks.append(lambda: check_model_folder(Path(spec.model.name), images=FAMILY_KINDS[spec.family] == ("image",)))
     tasks = [find_task(name, spec.data) for name in spec.data.tasks]
     if spec.data.dir is not None:
         checks.append(lambda: check_data_folder(tasks, Path(str(spec.data.dir))))
     checks.append(lambda: check_own_files(tasks))
-    if spec.search.warm_start:
+    checks.append(lambda: check_calibration(spec, tasks))
+    if not all((run_dir.search / f"{task}.warm.jsonl").is_file() for task in spec.data.tasks):  # else it is kept there
         checks.append(lambda: _check_warm_start(spec))
     for check in checks:
         try:
@@ -82,6 +83,8 @@ def preflight(spec: SweepSpec, run_dir: RunDir, resume: bool, extend: bool = Fal
 
 
 def _check_warm_start(spec: SweepSpec) -> None:
+    if not spec.search.warm_start:
+        return
     from deft_ray.sweep.warm_start import check_warm_start  # numpy and moocore, which few sweeps need this early
 
     check_warm_start(spec)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deft_ray.results.across import ALL_TASKS
 from deft_ray.results.records import Record
-from deft_ray.spec.points import count_points
+from deft_ray.spec.points import count_points, sample_of
 from deft_ray.spec.resolve import resolve_baseline, resolve_trial
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.front_seeds import FrontTrial, front_trials, is_front_trial
@@ -45,7 +45,7 @@ class Schedule:
         self._shared = spec.search.scope == "shared"
         self._ended: dict[str, Record] = {}
         self._given: set[str] = set()
-        self._samples_more = True
+        self._skipped = frozenset[str]()
         self.baselines = [(task, seed) for task in self._tasks for seed in self._seeds]
         for record in records:
             self._ended[record.trial] = record
@@ -68,24 +68,32 @@ class Schedule:
         """Trials that have not ended and will still run."""
         lost = self.failed_tasks
         planned = [trial for trial, task, baseline in self._all() if baseline or task not in lost]
-        points = sum(trial not in self._ended and not self._is_skipped(trial) for trial in planned)
+        points = sum(trial not in self._ended and trial not in self._skipped for trial in planned)
         return points or len(self._front_trials())
 
     @property
     def skipped(self) -> int:
         """Sampled trials that will not run since :meth:`sample_no_more`."""
         lost = self.failed_tasks
-        return sum(
-            self._is_skipped(trial) for trial, task, baseline in self._all() if not baseline and task not in lost
-        )
+        return sum(trial in self._skipped for trial, task, _ in self._all() if task not in lost)
 
     def sample_no_more(self) -> None:
-        """Start no further point; those that were started go on, and front seeds follow."""
-        self._samples_more = False
+        """Start no further point; those that were started, before an interruption too, go on; front seeds follow."""
+        if not self._skipped:
+            points = [(task, number) for number in range(self._points) for task in self._tasks]
+            begun = {self._setting(*point) for point in points if self._has_begun(*point)}
+            self._skipped = frozenset(
+                self._id(*point, place)
+                for point in points
+                if self._setting(*point) not in begun
+                for place in range(len(self._seeds))
+            )
 
-    def _is_skipped(self, trial: str) -> bool:
-        started = trial in self._given or trial in self._ended
-        return not self._samples_more and not started and int(trial[1:]) >= len(self.baselines)
+    def _has_begun(self, task: str, number: int) -> bool:
+        """Whether a trial of a point was started, or its study asked for it."""
+        trials = [self._id(task, number, place) for place in range(len(self._seeds))]
+        started = any(trial in self._given or trial in self._ended for trial in trials)
+        return started or (self._has_baselines(task) and self._search(task).asked(number))
 
     def next(self) -> TrialSpec | Nothing:
         """Return the next trial to start; each is given out once."""
@@ -101,7 +109,7 @@ class Schedule:
                 continue
             for place, seed in enumerate(self._seeds):
                 trial = self._id(task, number, place)
-                if trial in self._ended or trial in self._given or self._is_skipped(trial):
+                if trial in self._ended or trial in self._given or trial in self._skipped:
                     continue
                 if not (self.has_baselines if self._shared else self._has_baselines(task)):
                     blocked = True
@@ -128,8 +136,7 @@ class Schedule:
         seed = self._seeds[0] + one.place
         if one.baseline:
             return resolve_baseline(self.spec, one.trial, one.task, seed, one.setting)
-        number = (int(one.setting[1:]) - len(self.baselines)) // (len(self._tasks) * len(self._seeds))
-        sample = self._search(one.task).point(number)
+        sample = sample_of(self.spec, self._ended[one.setting].config)
         return resolve_trial(self.spec, one.trial, one.task, seed, sample, one.setting)
 
     def _front_trials(self) -> list[FrontTrial]:
@@ -143,7 +150,7 @@ class Schedule:
     def _have_ended(self, tasks: Sequence[str]) -> bool:
         """Whether every trial of these tasks has ended that will run at all."""
         wanted = set(tasks) - set(self.failed_tasks)
-        return all(trial in self._ended or self._is_skipped(trial) for trial, task, _ in self._all() if task in wanted)
+        return all(trial in self._ended or trial in self._skipped for trial, task, _ in self._all() if task in wanted)
 
     def _order(self) -> Iterator[tuple[int, str]]:
         """Points as (number, task): the tasks in turn, or one after another where each starts from those before."""

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from deft_ray.results.points import is_feasible
 from deft_ray.results.records import Record
 from deft_ray.spec.domains import Domain, Scalar
-from deft_ray.spec.points import deciding_first, first_points
+from deft_ray.spec.points import deciding_first, first_points, sample_of
 from deft_ray.spec.resolve import is_read, judged_at
 from deft_ray.spec.schema import SweepSpec
 
@@ -86,7 +86,9 @@ class TaskSearch:
             trial = known[place]
             if trial.state.is_finished() or not self._lacks(trial.params):
                 return dict(trial.params)
-            return {**self._suggest_all(self._view(known[:place]).ask()), **trial.params}  # killed while it was asked
+            values = {**self._suggest_all(self._view(known[:place]).ask()), **trial.params}
+            self._complete(trial, values)  # killed while it was asked
+            return values
         if self.spec.search.sampler == "gp" and place == len(known):
             self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
         asked = self._study.ask()
@@ -98,16 +100,27 @@ class TaskSearch:
         there = self._study.get_trials(deepcopy=False)
         if place < len(there) and there[place].state.is_finished():
             return
+        sample = sample_of(self.spec, results[0].config)
         if place == len(there):
-            config, sample = results[0].config, dict[str, Scalar]()
-            for dotted in deciding_first(self.spec):
-                value = config.get(dotted)
-                if value is not None and is_read(self.spec, sample, dotted):
-                    sample[dotted] = value
             self._study.enqueue_trial(sample)
         if self._study.get_trials(deepcopy=False)[place].state == TrialState.WAITING:
-            self._suggest_all(self._study.ask())
+            self._study.sampler = optuna.samplers.RandomSampler(seed=0)
+            self._study.ask()
+        self._complete(self._study.get_trials(deepcopy=False)[place], sample)
         self._tell(place, results, baselines)
+
+    def _complete(self, trial: FrozenTrial, values: Mapping[str, Scalar]) -> None:
+        """Give a trial of the study that has not ended the values that it lacks."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            fixed = optuna.samplers.PartialFixedSampler(dict(values), optuna.samplers.RandomSampler(seed=0))
+        self._study.sampler = fixed
+        self._suggest_all(Trial(self._study, trial._trial_id))
+
+    def asked(self, number: int) -> bool:
+        """Whether a point was asked for, in this process or before."""
+        known, place = self._study.get_trials(deepcopy=False), self._first + number
+        return place < len(known) and known[place].state != TrialState.WAITING
 
     def _suggest_all(self, trial: Trial) -> dict[str, Scalar]:
         values: dict[str, Scalar] = {}

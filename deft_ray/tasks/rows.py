@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deft_ray.errors import SetupError
 from deft_ray.spec.catalog import Task
+from deft_ray.spec.schema import SweepSpec
 from deft_ray.tasks.checks import Row, row_faults
 from deft_ray.tasks.images import folder_faults, folder_rows
 from deft_ray.tasks.own import read_own_rows
@@ -47,6 +48,45 @@ def check_data_folder(tasks: Iterable[Task], folder: Path) -> None:
                 faults.append(f"{file}: data.dir: {fault}; needs {', '.join(needed)}")
     if faults:
         raise SetupError("\n".join(faults))
+
+
+def check_calibration(spec: SweepSpec, tasks: Sequence[Task]) -> None:
+    """Check that each task has more training rows than the dial holds out, where they can be counted before the start.
+
+    Raises:
+        SetupError: With every task that has too few.
+    """
+    count = spec.dial.calibration_examples if spec.dial.taus else 0
+    faults = []
+    for task in tasks if count else ():
+        try:
+            rows = _count_training_rows(task, spec.data.dir)
+        except (SetupError, OSError, ValueError):
+            continue  # whoever checks the files says what is wrong with them
+        if rows is not None and count >= rows:
+            faults.append(f"{task.name}: {_too_few(count, rows)}")
+    if faults:
+        raise SetupError("\n".join(faults))
+
+
+def _count_training_rows(task: Task, folder: str | None) -> int | None:
+    """Rows of the training split; None where only the hub knows."""
+    import pyarrow.parquet as pq
+
+    if task.source == "nano":
+        return _NANO_ROWS["train"]
+    if task.source == "own":
+        return len(read_own_rows(task, "train"))
+    if folder is None:
+        return None
+    if task.source == "images":
+        return len(folder_rows(Path(folder), "train"))
+    rows: int = pq.read_metadata(parquet_file(task, "train", Path(folder))).num_rows
+    return rows
+
+
+def _too_few(count: int, rows: int) -> str:
+    return f"dial.calibration_examples must be below the {rows} training rows (got {count})"
 
 
 def _needed(task: Task) -> list[str]:
@@ -115,9 +155,7 @@ def hold_out(task: Task, rows: list[Row], count: int) -> tuple[list[Row], list[R
         SetupError: If nothing would be left to train on.
     """
     if count >= len(rows):
-        raise SetupError(
-            f"{task.name}: dial.calibration_examples must be below the {len(rows)} training rows (got {count})"
-        )
+        raise SetupError(f"{task.name}: {_too_few(count, len(rows))}")
     chosen = set(random.Random(f"{task.name} calibration").sample(range(len(rows)), count))
     left = [row for index, row in enumerate(rows) if index not in chosen]
     return left, [rows[index] for index in sorted(chosen)]

@@ -1,7 +1,8 @@
 """Mirror of a sweep in MLflow: one parent run, one nested run per ended trial, the fronts on the parent.
 
 Every write is idempotent. Runs are found again by their tags, metrics carry the record's own times, so that writing the
-same record twice, or all records after a crash, leaves what writing them once leaves.
+same record twice, or all records after a crash, leaves what writing them once leaves. A value of the hypervolume's
+history is written once: live, as the front was known then; replayed, as all records judge it.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Evaluator:
 
         Args:
             taus: Thresholds of the dial: at each, and at 0, the model is evaluated on the validation and on the
-                calibration split with all activations of at most this magnitude set to zero. None for no dial.
+                calibration split with all activations of at most this magnitude set to zero. Empty for no dial.
 
         Raises:
             FloatingPointError: On every rank, if the model says what is no number.

@@ -244,7 +244,8 @@ class _Run:
         """Thresholds of this evaluation: all in the last one, in others those that the scheduler judges by."""
         if self.slot.done == self.slot.steps:
             return self.trial.dial.taus
-        return [self.trial.judged_at] if self.trial.judged_at else []
+        judged_at = 0.0 if self.trial.baseline else self.trial.judged_at
+        return [judged_at] if judged_at else []
 
     def _save(self) -> None:
         began = time.monotonic()

@@ -19,18 +19,10 @@ def make_budget(tasks: tuple[str, ...] = ("nano-sentiment",), began: float | Non
     return Budget(spec, time.time() if began is None else began)
 
 
-def ended(density: float, trial: int, task: str = "nano-sentiment", **fields: Any) -> Record:
+def ended(density: float, number: int, task: str = "nano-sentiment", **fields: Any) -> Record:
     named: dict[str, Any] = {"status": "complete", "score": 0.8, "steps": 10, "wall_s": 1800.0, "baseline": False}
-    return Record(
-        trial=f"t{trial}",
-        task=task,
-        seed=0,
-        score_metric="accuracy",
-        dtype="float32",
-        activation="",
-        density=density,
-        **{**named, **fields},
-    )
+    told = {"trial": f"t{number}", "task": task, "seed": 0, "density": density}
+    return Record(score_metric="accuracy", dtype="float32", activation="", **{**told, **named, **fields})
 
 
 def test_without_limits_nothing_is_ever_spent() -> None:
@@ -96,3 +88,39 @@ def test_a_task_that_still_grows_keeps_the_sweep_going() -> None:
 def test_a_budget_of_nothing_is_refused(limits: dict[str, Any], path: str) -> None:
     tree = {"name": "s", "data": {"tasks": ["nano-sentiment"]}, "train": {"steps": 10}, "budget": limits}
     assert [fault[0] for fault in check_tree(tree)[1]] == [("budget", path)]
+
+
+def test_front_seeds_and_their_baselines_are_no_points() -> None:
+    """They move no front on purpose: neither does a sweep end for them, nor a task for a baseline lost among them."""
+    budget = make_budget(stall_trials=3, stall_growth=0.05)
+    base = ended(0.9, 0, baseline=True)
+    falling = [ended(0.8 - 0.1 * n, n + 1) for n in range(4)]
+    further = [ended(0.9, 0, trial=f"t{n}-s1", setting=f"t{n}", seed=1) for n in range(1, 5)]
+    lost = ended(0.9, 0, trial="t0-s1", setting="t0", seed=1, baseline=True, status="failed", score=None)
+    assert budget.stalled([base, *falling, *further]) is None
+    assert make_budget(stall_trials=3, stall_growth=0.05).stalled([base, *falling, lost]) is None
+    flat = [ended(0.5, n) for n in range(5, 8)]
+    assert make_budget(stall_trials=3, stall_growth=0.05).stalled([base, *falling, lost, *flat, *further]) is not None
+
+
+def test_a_lucky_first_seed_is_no_growth_and_its_mean_no_stall() -> None:
+    """Each setting is better than the one before it, but its first seed alone looks better still."""
+    tree = {
+        "name": "s",
+        "data": {"tasks": ["nano-sentiment"]},
+        "train": {"steps": 10},
+        "search": {"seeds": [0, 1]},
+        "budget": {"stall_trials": 2, "stall_growth": 0.05},
+    }
+    spec, faults = check_tree(tree)
+    assert spec is not None, faults
+    records = [ended(0.9, seed, trial=f"b{seed}", setting="b0", seed=seed, baseline=True) for seed in (0, 1)]
+    for number, density in enumerate((0.8, 0.7, 0.6, 0.5, 0.4)):
+        for seed, luck in enumerate((-0.3, 0.3)):
+            trial = f"t{2 * number + seed}"
+            records.append(ended(density + luck, 0, trial=trial, setting=f"t{2 * number}", seed=seed))
+            assert Budget(spec, time.time()).stalled(records) is None, trial
+    for number in (5, 6):
+        for seed in (0, 1):
+            records.append(ended(0.8, 0, trial=f"t{2 * number + seed}", setting=f"t{2 * number}", seed=seed))
+    assert Budget(spec, time.time()).stalled(records) is not None

@@ -562,3 +562,15 @@ def test_settings_across_tasks_stand_at_mean_score_change_and_mean_density() -> 
     assert across_tasks(before[:1] + good, ["rte", "cola"]) == [], "before all baselines have ended"
     lost = [before[0], replace(before[1], status="failed")]
     assert [r.score for r in across_tasks([*lost, good[0]], ["rte", "cola"])] == [0.8, 0.7], "of the task that is left"
+
+
+def test_a_setting_has_the_name_of_its_first_seed_whichever_ended_first() -> None:
+    first, second = seeded("x", (0.8, 0.3), (0.9, 0.5))
+    (point,) = front(points([second, first]))
+    assert (point.trial, point.seed, point.seeds) == ("x-0", 0, 2)
+
+
+def test_settings_of_the_dial_are_no_columns() -> None:
+    old = make_record("t0", 0.5, 0.5, config={"deft.alpha": 1.0})
+    new = make_record("t1", 0.5, 0.5, config={"deft.alpha": 2.0, "dial.taus": "", "dial.calibration_examples": 256})
+    assert varying(points([old, new])) == ["deft.alpha"]

@@ -282,6 +282,8 @@ def test_a_sweep_is_extended_by_trials_alone(tmp_path: Path, faults_of: Callable
     run_dir.extend(more, build_plan(more, "out", Machine(2, 0)))
     assert run_dir.sweep_id == identity
     preflight(more, RunDir(tmp_path / "out"), resume=True)
+    preflight(more, RunDir(tmp_path / "out"), resume=True, extend=True)  # the same command again, and --resume
+    assert faults_of(more, extend=True) == ["out: search.trials: is 6 now, was 6; --extend needs more than before"]
     assert yaml.safe_load(run_dir.spec.read_text())["search"]["trials"] == 6
     assert json.loads(run_dir.plan.read_text())["trials"] == 7
 
@@ -446,3 +448,22 @@ def test_the_command_ends_with_3_and_the_fault_on_stderr(
     assert main(["spec.yaml", "--plan"]) == 0
     with pytest.raises(SetupError):
         main(["spec.yaml", "--debug"])
+
+
+def test_a_calibration_split_larger_than_the_training_rows_is_told(
+    tmp_path: Path, faults_of: Callable[..., list[str]]
+) -> None:
+    data = write_data(tmp_path / "data")
+    (tmp_path / "mine.csv").write_text("body,stars\n" + "good,1\n" * 40)
+    own = {"train": str(tmp_path / "mine.csv"), "validation": str(tmp_path / "mine.csv"), "text": "body"}
+    tasks = {"tasks": ["sst2", "nano-sentiment", "mine"], "dir": str(data)}
+    tasks["own"] = {"mine": {**own, "label": "stars", "labels": ["bad", "good"]}}
+    told = "dial.calibration_examples must be below the"
+    dial = {"taus": [0.1], "calibration_examples": 2000}
+    assert faults_of(spec_of(data=tasks, dial=dial)) == [
+        f"sst2: {told} 2 training rows (got 2000)",
+        f"nano-sentiment: {told} 2000 training rows (got 2000)",
+        f"mine: {told} 40 training rows (got 2000)",
+    ]
+    preflight(spec_of(data=tasks, dial={"taus": [0.1], "calibration_examples": 1}), RunDir(tmp_path / "o"), False)
+    preflight(spec_of(data=tasks, dial={"calibration_examples": 2000}), RunDir(tmp_path / "o"), False)

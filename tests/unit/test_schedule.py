@@ -13,6 +13,7 @@ import pytest
 from deft_ray.results.records import Record
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.schema import SweepSpec, TrialSpec
+from deft_ray.sweep import searcher
 from deft_ray.sweep.schedule import Nothing, Schedule, trial_id
 
 
@@ -50,6 +51,7 @@ def ended(trial: TrialSpec, status: str = "complete") -> Record:
         score_metric="accuracy",
         dtype="float32",
         activation="NewGELUActivation",
+        config=dict(trial.flat()),
     )
 
 
@@ -339,3 +341,60 @@ def test_a_shared_search_goes_on_without_a_task_that_has_no_baseline(tmp_path: P
         done.append((trial.task, trial.baseline))
     assert done[2:] == [("nano-entailment", False)] * 3
     assert schedule.remaining == 0
+
+
+# --- killed while a point was asked -----------------------------------------------------------------------------------
+
+
+def test_a_point_that_was_half_asked_is_whole_in_the_study_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(front_seeds=2, trials=4)
+    whole = run_noisy(Schedule(spec, tmp_path / "whole", []), [])
+    records: list[Record] = []
+    first = Schedule(spec, tmp_path / "cut", [])
+    before = run_noisy(first, records, 4)
+    real, left = searcher._suggest, 2
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(searcher, "_suggest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.next()
+    monkeypatch.undo()
+    after = run_noisy(Schedule(spec, tmp_path / "cut", list(records)), records)
+    assert before + after == whole
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "cut" / "nano-sentiment.log"))
+    )
+    for trial in optuna.load_study(study_name="nano-sentiment", storage=storage).trials:
+        assert {"deft.alpha", "deft.approximation", "train.batch_size"} <= trial.params.keys()
+
+
+def test_sampling_no_more_leaves_no_point_with_half_its_seeds(tmp_path: Path) -> None:
+    spec = make_spec(seeds=[0, 1, 2], trials=6)
+    records: list[Record] = []
+    schedule = Schedule(spec, tmp_path, [])
+    started = run_noisy(schedule, records, 6 + 4)
+    schedule.sample_no_more()
+    rest = run_noisy(schedule, records)
+    assert [trial.setting for trial in rest] == [started[-1].setting] * 2
+    assert {trial.seed for trial in rest} == {1, 2}
+    assert schedule.remaining == 0
+    assert len(records) + schedule.skipped == 6 + 6 * 2 * 3
+
+
+def test_a_trial_that_was_under_way_goes_on_although_sampling_has_ended_since(tmp_path: Path) -> None:
+    spec, records = make_spec(trials=6), list[Record]()
+    schedule = Schedule(spec, tmp_path, [])
+    run_noisy(schedule, records, 6)
+    lost = schedule.next()
+    assert isinstance(lost, TrialSpec)
+    again = Schedule(spec, tmp_path, list(records))
+    again.sample_no_more()
+    assert run_noisy(again, records) == [lost]

@@ -18,6 +18,7 @@ from deft_ray.spec.loading import check_tree
 from deft_ray.spec.plan import build_plan
 from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec, TrialSpec
+from deft_ray.sweep import searcher
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.sweep.schedule import Nothing, Schedule
 from deft_ray.sweep.warm_start import check_warm_start
@@ -240,3 +241,32 @@ def test_a_sampler_that_learns_nothing_has_no_use_for_it() -> None:
                 f"means nothing to the {sampler} sampler, which learns from no point; leave it out",
             )
         ]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("after", [1, 2, 3, 7, 20])
+def test_killed_while_known_points_are_told_the_study_is_whole_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, after: int
+) -> None:
+    write_sweep(tmp_path / "old", make_spec(seed=7))
+    spec = make_spec(warm_start=[str(tmp_path / "old")], trials=4, sampler=sampler)
+    whole = run(Schedule(spec, tmp_path / "whole", []), [])
+    real, left = searcher._suggest, after
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    records: list[Record] = []
+    first = Schedule(spec, tmp_path / "cut", [])
+    before = run(first, records, 1)
+    monkeypatch.setattr(searcher, "_suggest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.next()
+    monkeypatch.undo()
+    assert before + run(Schedule(spec, tmp_path / "cut", list(records)), records) == whole
+    one, other = (told(tmp_path / name, SENTIMENT) for name in ("whole", "cut"))
+    assert [(t.params, t.values) for t in one] == [(t.params, t.values) for t in other]
