@@ -315,9 +315,8 @@ def test_fingerprints_tell_configurations_apart(trial: Trial) -> None:
 
 def test_the_dial_is_turned_at_the_end_and_at_rungs_where_it_is_judged(trial: Trial, serve: Any) -> None:
     dial = {"dial__taus": [0.01, 0.1], "dial__calibration_examples": 5}
-    rows = serve(
-        Inbox(trial(train__steps=4, train__evaluations=2, rungs=(0.25,), judged_at=0.1, deft__alpha=1.0, **dial))
-    )
+    judged = {"rungs": (0.25,), "judged_at": 0.1, **dial}
+    rows = serve(Inbox(trial(train__steps=4, train__evaluations=2, deft__alpha=1.0, **judged)))
     turned = {row["step"]: list(row["dial"]) for row in rows if row["kind"] == "eval"}
     assert turned == {1: ["0", "0.1"], 2: ["0", "0.1"], 4: ["0", "0.01", "0.1"]}
     end = rows[-1]
@@ -330,5 +329,5 @@ def test_the_dial_is_turned_at_the_end_and_at_rungs_where_it_is_judged(trial: Tr
         4: ["0", "0.01", "0.1"],
     }
 
-    baseline = serve(Inbox(trial(train__steps=4, trial="t0002", rungs=(0.25,), judged_at=0.1, **dial)))
+    baseline = serve(Inbox(trial(train__steps=4, trial="t0002", **judged)))
     assert [list(row["dial"]) for row in baseline if row["kind"] == "eval"] == [[], ["0", "0.01", "0.1"]]

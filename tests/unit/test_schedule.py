@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
 from deft_ray.results.records import Record
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.schema import SweepSpec, TrialSpec
-from deft_ray.sweep import searcher
 from deft_ray.sweep.schedule import Nothing, Schedule, trial_id
+from tests.searches import killed_while_asking, made_up, run_into, told
 
 
 def make_spec(steps: int = 1, **search: Any) -> SweepSpec:
@@ -39,29 +38,12 @@ def make_spec(steps: int = 1, **search: Any) -> SweepSpec:
 def ended(trial: TrialSpec, status: str = "complete") -> Record:
     """A made-up result: the more weight, the less density and score."""
     weight = 0.0 if trial.baseline else min(1.0, trial.deft.alpha / 10)
-    measured = status == "complete"
-    return Record(
-        trial=trial.trial,
-        task=trial.task,
-        seed=trial.seed,
-        baseline=trial.baseline,
-        status=status,
-        score=0.9 - 0.3 * weight**2 if measured else None,
-        density=1.0 - 0.8 * weight if measured else None,
-        score_metric="accuracy",
-        dtype="float32",
-        activation="NewGELUActivation",
-        config=dict(trial.flat()),
-    )
+    return made_up(trial, 0.9 - 0.3 * weight**2, 1.0 - 0.8 * weight, status)
 
 
 def run(schedule: Schedule, stop_after: int = 10**9) -> list[TrialSpec]:
     """Run trials one at a time."""
-    done: list[TrialSpec] = []
-    while len(done) < stop_after and isinstance(trial := schedule.next(), TrialSpec):
-        schedule.ended(ended(trial))
-        done.append(trial)
-    return done
+    return run_into([], schedule, ended, stop_after)
 
 
 def test_baselines_come_first_and_are_not_sampled(tmp_path: Path) -> None:
@@ -175,22 +157,16 @@ def test_points_to_try_first_are_tried_first(tmp_path: Path) -> None:
 
 
 def noisy(trial: TrialSpec, status: str = "complete") -> Record:
-    """As :func:`ended`, but a seed scatters about the made-up result, and the record says whose setting it is."""
-    dice = random.Random(f"{trial.setting} {trial.seed}")
-    before = ended(trial, status)
+    """As :func:`ended`, but a seed scatters about the made-up result."""
+    dice, before = random.Random(f"{trial.setting} {trial.seed}"), ended(trial, status)
     if before.score is None or before.density is None:
-        return replace(before, setting=trial.setting)
+        return before
     density = min(1.0, before.density + dice.uniform(-0.05, 0.05))
-    return replace(before, setting=trial.setting, score=before.score + dice.uniform(-0.05, 0.05), density=density)
+    return replace(before, score=before.score + dice.uniform(-0.05, 0.05), density=density)
 
 
 def run_noisy(schedule: Schedule, records: list[Record], stop_after: int = 10**9) -> list[TrialSpec]:
-    done: list[TrialSpec] = []
-    while len(done) < stop_after and isinstance(trial := schedule.next(), TrialSpec):
-        records.append(noisy(trial))
-        schedule.ended(records[-1])
-        done.append(trial)
-    return done
+    return run_into(records, schedule, noisy, stop_after)
 
 
 def front_by_hand(records: list[Record], task: str) -> set[str]:
@@ -241,7 +217,7 @@ def test_a_setting_that_its_seeds_take_off_the_front_gets_no_more_and_the_next_o
     schedule, order = Schedule(spec, tmp_path, []), list[str]()
     while isinstance(trial := schedule.next(), TrialSpec):
         score, density = results[trial.setting, trial.seed]
-        schedule.ended(replace(ended(trial), setting=trial.setting, score=score, density=density))
+        schedule.ended(replace(ended(trial), score=score, density=density))
         order.append(trial.trial)
     assert order == ["t0000", "t0001", "t0002", "t0000-s1", "t0001-s1", "t0002-s1", "t0000-s2", "t0002-s2"]
 
@@ -303,7 +279,7 @@ def test_a_shared_point_runs_on_every_task_and_is_told_by_its_means(tmp_path: Pa
         assert made.score is not None
         assert made.density is not None
         lower = 0.0 if trial.baseline else shift
-        records.append(replace(made, setting=trial.setting, score=made.score - lower, density=made.density - shift))
+        records.append(replace(made, score=made.score - lower, density=made.density - shift))
         schedule.ended(records[-1])
         trials.append(trial)
 
@@ -313,13 +289,7 @@ def test_a_shared_point_runs_on_every_task_and_is_told_by_its_means(tmp_path: Pa
         assert first.setting == second.setting == first.trial
     assert {trial.setting for trial in trials[:2]} == {"t0000"}
     assert [file.name for file in tmp_path.glob("*.log")] == ["all-tasks.log"], "one study"
-    study = optuna.load_study(
-        study_name="all-tasks",
-        storage=optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(tmp_path / "all-tasks.log"))
-        ),
-    )
-    for point, first in zip(study.trials, trials[2::2], strict=True):
+    for point, first in zip(told(tmp_path, "all-tasks"), trials[2::2], strict=True):
         weight = min(1.0, first.deft.alpha / 10)
         assert point.values == pytest.approx([-0.3 * weight**2 - 0.05, 1.0 - 0.8 * weight - 0.05])
 
@@ -354,25 +324,11 @@ def test_a_point_that_was_half_asked_is_whole_in_the_study_afterwards(
     records: list[Record] = []
     first = Schedule(spec, tmp_path / "cut", [])
     before = run_noisy(first, records, 4)
-    real, left = searcher._suggest, 2
-
-    def killed(*arguments: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(searcher, "_suggest", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_while_asking(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
         first.next()
-    monkeypatch.undo()
     after = run_noisy(Schedule(spec, tmp_path / "cut", list(records)), records)
     assert before + after == whole
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(tmp_path / "cut" / "nano-sentiment.log"))
-    )
-    for trial in optuna.load_study(study_name="nano-sentiment", storage=storage).trials:
+    for trial in told(tmp_path / "cut", "nano-sentiment"):
         assert {"deft.alpha", "deft.approximation", "train.batch_size"} <= trial.params.keys()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.schedule import Schedule
 from deft_ray.sweep.searcher import TaskSearch, changes
 from deft_ray.sweep.tuning import RungScheduler
+from tests import searches
 from tests.tiny import tiny_trial
 
 TASK = "nano-sentiment"
@@ -65,13 +65,7 @@ BASELINE = record(score=0.9, density=0.99, baseline=True)
 
 
 def told(folder: Path) -> list[FrozenTrial]:
-    """What lies in the journal, as anybody opens it with Optuna."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        storage = optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(folder / f"{TASK}.log"))
-        )
-        return optuna.load_study(study_name=TASK, storage=storage).trials
+    return searches.told(folder, TASK)
 
 
 # --- a conditional space ----------------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-from optuna.trial import FrozenTrial
 
 from deft_ray.errors import SetupError
 from deft_ray.results.records import Record, RecordLog
@@ -18,10 +15,10 @@ from deft_ray.spec.loading import check_tree
 from deft_ray.spec.plan import build_plan
 from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec, TrialSpec
-from deft_ray.sweep import searcher
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.sweep.schedule import Nothing, Schedule
 from deft_ray.sweep.warm_start import check_warm_start
+from tests.searches import killed_while_asking, made_up, run_into, told
 
 SENTIMENT, ENTAILMENT = "nano-sentiment", "nano-entailment"
 SPACE = {
@@ -47,35 +44,16 @@ def make_spec(tasks: tuple[str, ...] = (SENTIMENT,), deft: Any = None, **search:
     return spec
 
 
-def result(trial: TrialSpec, status: str = "complete") -> Record:
-    """A made-up result; the record's settings are the trial's."""
+def result(trial: TrialSpec) -> Record:
+    """A made-up result."""
     weight = 0.0 if trial.baseline else min(1.0, trial.deft.alpha / 10)
     dice = random.Random(f"{trial.task} {weight} {trial.seed}")
     level = 0.9 if trial.task == SENTIMENT else 0.5
-    measured = status == "complete"
-    return Record(
-        trial=trial.trial,
-        task=trial.task,
-        seed=trial.seed,
-        baseline=trial.baseline,
-        setting=trial.setting,
-        status=status,
-        score=level - 0.4 * weight - 0.01 * dice.random() if measured else None,
-        density=1.0 - 0.8 * weight if measured else None,
-        score_metric="accuracy",
-        dtype="float32",
-        activation="",
-        config=dict(trial.flat()),
-    )
+    return made_up(trial, level - 0.4 * weight - 0.01 * dice.random(), 1.0 - 0.8 * weight)
 
 
 def run(schedule: Schedule, log: list[Record], stop_after: int = 10**9) -> list[TrialSpec]:
-    done: list[TrialSpec] = []
-    while len(done) < stop_after and isinstance(trial := schedule.next(), TrialSpec):
-        log.append(result(trial))
-        schedule.ended(log[-1])
-        done.append(trial)
-    return done
+    return run_into(log, schedule, result, stop_after)
 
 
 def write_sweep(folder: Path, spec: SweepSpec, change: Any = None) -> list[Record]:
@@ -88,13 +66,6 @@ def write_sweep(folder: Path, spec: SweepSpec, change: Any = None) -> list[Recor
     for record in log:
         RecordLog(run_dir.records).append(record)
     return log
-
-
-def told(folder: Path, task: str) -> list[FrozenTrial]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / f"{task}.log"))
-        return optuna.load_study(study_name=task, storage=optuna.storages.JournalStorage(backend)).trials
 
 
 def test_another_sweep_s_points_are_told_with_both_objectives(tmp_path: Path) -> None:
@@ -251,22 +222,11 @@ def test_killed_while_known_points_are_told_the_study_is_whole_again(
     write_sweep(tmp_path / "old", make_spec(seed=7))
     spec = make_spec(warm_start=[str(tmp_path / "old")], trials=4, sampler=sampler)
     whole = run(Schedule(spec, tmp_path / "whole", []), [])
-    real, left = searcher._suggest, after
-
-    def killed(*arguments: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
     records: list[Record] = []
     first = Schedule(spec, tmp_path / "cut", [])
     before = run(first, records, 1)
-    monkeypatch.setattr(searcher, "_suggest", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_while_asking(monkeypatch, after), pytest.raises(KeyboardInterrupt):
         first.next()
-    monkeypatch.undo()
     assert before + run(Schedule(spec, tmp_path / "cut", list(records)), records) == whole
     one, other = (told(tmp_path / name, SENTIMENT) for name in ("whole", "cut"))
     assert [(t.params, t.values) for t in one] == [(t.params, t.values) for t in other]
