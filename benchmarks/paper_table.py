@@ -34,7 +34,6 @@ TASKS = {"sst2": "SST-2", "stsb": "STS-B", "mrpc": "MRPC", "rte": "RTE", "cola":
 KEPT = (
     "task", "seed", "baseline", "status", "score", "score_metric", "extra_scores", "density", "density_paper",
     "density_at_tau", "steps", "trainable_share", "wall_s", "peak_memory_gib", "approximation", "activation", "dtype",
-    "config",
 )  # fmt: skip
 
 
@@ -81,10 +80,15 @@ def run(kind: str, tasks: tuple[str, ...], given: argparse.Namespace) -> dict[st
         "adapter": kind,
         "tasks": tasks,
         "commit": commit.read_text(),
-        "rows": [
-            {"adapter": kind, **{name: record[name] for name in KEPT}} for record in records if record["task"] in tasks
-        ],
+        "rows": [{"adapter": kind, **kept(record)} for record in records if record["task"] in tasks],
     }
+
+
+def kept(record: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON keeps of a record: no folder of this machine."""
+    sections = ("adapter.", "deft.", "train.")
+    config = {name: value for name, value in record["config"].items() if name.startswith(sections)}
+    return {**{name: record[name] for name in KEPT}, "config": config}
 
 
 def is_complete(output: Path) -> bool:
@@ -110,15 +114,16 @@ def page(result: dict[str, Any]) -> str:
         "`benchmarks/results/paper_table.json`, the settings in `benchmarks/glue_minilm.yaml`.",
         "",
         f"Encoder: MiniLM, 6 layers, 22.7 M parameters, GELU, {rows[0]['dtype']}, its pretrained weights. Data: GLUE.",
-        f"Steps of 32 examples a trial: {steps}; l0 with ε = 1e-7; learning rate "
-        f"{' and '.join(f'{rate:g} ({kind})' for kind, rate in RATES.items())}. "
+        f"Steps of 32 examples a trial: {steps}; l0 with ε = 1e-7;",
+        f"learning rate {' and '.join(f'{rate:g} ({kind})' for kind, rate in RATES.items())}. "
         f"{'One seed' if len(seeds) == 1 else f'{len(seeds)} seeds'} ({', '.join(map(str, seeds))}).",
         f"Machine: {machine['cores']} CPU cores ({machine['cpu']}), {machine['memory_gib']} GiB, "
         f"{machine['gpu'] or 'no GPU'}; {hours:.1f} hours of trials. Measured {result['at']}.",
         "",
         "Scores on the validation split in %: accuracy, of STS-B Pearson's r, of CoLA Matthews' coefficient. Density:",
         "the share of MLP activations that are not exactly zero in %, real tokens only. Change: what DEFT takes off",
-        "the density of PEFT, in % of it.",
+        "the density of PEFT, in % of it. Whoever always answers the larger class has 50.92 on SST-2, 68.38 on MRPC,",
+        "52.71 on RTE and 0 on CoLA: scores that are just these have collapsed. What was tried: [log](log.md).",
         "",
         head,
         "|---" * (3 + len(TASKS)) + "|",

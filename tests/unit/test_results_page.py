@@ -1,0 +1,42 @@
+"""The page of PEFT against DEFT says what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("sst2", "stsb", "mrpc", "rte", "cola")
+
+
+def test_the_page_is_what_was_measured() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "paper_table.json").read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    table = text.split("## The published rows")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert lines[0][2:] == ["SST-2", "STS-B", "MRPC", "RTE", "CoLA", "mean"]
+
+    module, what, seen = "", "", 0
+    baseline: list[float] = []
+    for named, method, *cells in lines[2:]:
+        module, what = named.split(" (")[0] or module, method if "score" in method else what
+        alpha = float(re.search(r"α = ([\d.]+)", what)[1]) if "DEFT" in what else 0.0  # type: ignore[index]
+        mine = [row for row in result["rows"] if row["adapter"] == module and row["config"]["deft.alpha"] == alpha]
+        found = [means(mine, "score" if "score" in method else "density", task) for task in TASKS]
+        if "PEFT" in what and method == "density":
+            baseline = found
+        if method == "change":
+            found = [100 * (before - after) / before for before, after in zip(baseline, found, strict=True)]
+        want = [*found, sum(found) / len(found)]
+        digits = 1 if method == "change" else 2
+        assert [float(cell) for cell in cells] == [round(value, digits) for value in want], (module, what, method)
+        seen += len(mine) if method == "density" else 0
+    assert seen == len(result["rows"]) == 2 * 3 * 5 * len({row["seed"] for row in result["rows"]})
+    assert all(row["status"] == "complete" for row in result["rows"])
+
+
+def means(rows: list[dict[str, Any]], key: str, task: str) -> float:
+    values = [row[key] for row in rows if row["task"] == task]
+    return 100 * float(sum(values)) / len(values)
