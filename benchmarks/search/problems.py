@@ -1,0 +1,151 @@
+"""Problems to search without training: closed forms with known fronts, noise, a score limit and learning curves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: Steps of a whole trial; rungs lie at 9 and 27.
+STEPS = 81
+
+Config = Mapping[str, Any]
+#: (score, density) of a configuration after so many steps.
+Measured = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to search.
+
+    Args:
+        name: Its name.
+        deft: The spec's ``deft`` section, with its domains.
+        train: Further leaves of ``train``.
+        baseline: Values of the baseline for searched leaves of ``train``.
+        max_score_drop: The score limit.
+        truth: Score and density after so many steps, without noise.
+        noise: Standard deviations of score and density.
+    """
+
+    name: str
+    deft: dict[str, Any]
+    train: dict[str, Any]
+    baseline: dict[str, Any]
+    max_score_drop: float
+    truth: Callable[[Config, int], Measured]
+    noise: tuple[float, float] = (0.0, 0.0)
+
+    def measure(self, config: Config, steps: int, seed: int) -> Measured:
+        """Measure with noise; the same for the same trial."""
+        score, density = self.truth(config, steps)
+        named = sorted((key, repr(value)) for key, value in config.items() if key.startswith(("deft.", "train.")))
+        dice = random.Random(hashlib.sha256(f"{named} {steps} {seed}".encode()).digest())
+        noisy = (score + dice.gauss(0.0, self.noise[0]), density + dice.gauss(0.0, self.noise[1]))
+        return min(1.0, max(0.0, noisy[0])), min(1.0, max(0.0, noisy[1]))
+
+
+def learnt(steps: int, speed: float) -> float:
+    """How much of a training is done, from 0 to 1."""
+    return (1.0 - math.exp(-speed * steps / STEPS)) / (1.0 - math.exp(-speed))
+
+
+def _weight(config: Config) -> float:
+    """α on a scale on which 0 does nothing and 1 is too much."""
+    alpha = float(config["deft.alpha"])
+    return 0.0 if alpha == 0.0 else min(1.5, max(0.0, (math.log10(alpha) + 2.0) / 3.0))
+
+
+def _smooth(config: Config, steps: int) -> Measured:
+    """One good valley of ε; the more weight, the less density, and the score gives way late."""
+    weight, epsilon = _weight(config), math.log10(float(config["deft.epsilon"]))
+    fit = math.exp(-(((epsilon + 4.0) / 1.5) ** 2))
+    rate = math.exp(-(((math.log10(float(config["train.learning_rate"])) + 2.7) / 0.4) ** 2))
+    score = 0.5 + 0.45 * rate * learnt(steps, 4.0) * (1.0 - 0.6 * weight**3)
+    return score, 0.9 - 0.75 * weight * (0.2 + 0.8 * fit) * learnt(steps, 2.0)
+
+
+def _crossing(config: Config, steps: int) -> Measured:
+    """Early leaders lose in the end: a strong loss shows its density at once and its damage late."""
+    weight, epsilon = _weight(config), math.log10(float(config["deft.epsilon"]))
+    fit = math.exp(-(((epsilon + 2.5 + 2.0 * weight) / 1.0) ** 2))
+    done = learnt(steps, 2.0)
+    rate = math.exp(-(((math.log10(float(config["train.learning_rate"])) + 2.4) / 0.5) ** 2))
+    score = 0.5 + 0.4 * rate * done * (1.0 - 0.9 * (weight * (1.2 - fit)) ** 2 * done)
+    return score, 0.95 - 0.8 * weight * fit * learnt(steps, 6.0)
+
+
+def _ada(config: Config, steps: int) -> Measured:
+    """A conditional space: layer scales help where they begin high, tanh-like slopes where they are steep enough."""
+    weight = _weight(config)
+    if config["deft.approximation"] == "l0":
+        fit = math.exp(-(((math.log10(float(config["deft.epsilon"])) + 5.0) / 1.2) ** 2))
+    else:
+        fit = 0.8 * math.exp(-(((math.log10(float(config["deft.beta"])) - 1.3) / 0.4) ** 2))
+    adaptive = bool(config["deft.adaptive"])
+    gain = 0.15 * (float(config["deft.lambda_init"]) - 0.5) if adaptive else 0.0
+    done = learnt(steps, 3.0)
+    score = 0.45 + 0.5 * done * (1.0 - 0.7 * weight**2 * (1.1 - fit)) - (0.02 if adaptive else 0.0)
+    return score, 0.9 - done * (0.7 * weight * fit + gain * weight)
+
+
+_ALPHA = {"alpha": {"loguniform": [0.01, 30.0]}}
+_EPSILON = {"epsilon": {"loguniform": [1e-9, 1e-1]}}
+_RATE = {"learning_rate": {"loguniform": [1e-4, 1e-1]}}
+_RATE_OF_BASELINE = {"train.learning_rate": 2e-3}
+
+PROBLEMS = (
+    Problem("smooth", _ALPHA | _EPSILON, _RATE, _RATE_OF_BASELINE, 0.1, _smooth, (0.005, 0.005)),
+    Problem("crossing", _ALPHA | _EPSILON, _RATE, {"train.learning_rate": 4e-3}, 0.1, _crossing, (0.005, 0.005)),
+    Problem(
+        "conditional",
+        {
+            **_ALPHA,
+            **_EPSILON,
+            "approximation": {"choice": ["l0", "sigmoid"]},
+            "beta": {"loguniform": [1.0, 200.0]},
+            "adaptive": {"choice": [False, True]},
+            "lambda_init": {"uniform": [0.0, 1.0]},
+        },
+        {},
+        {},
+        0.1,
+        _ada,
+        (0.005, 0.005),
+    ),
+)
+
+
+def best_front(problem: Problem, draws: int = 200_000) -> np.ndarray:
+    """Feasible values at full length of so many random configurations, (n, 2): the known front is theirs.
+
+    Args:
+        problem: A closed form.
+        draws: Configurations.
+    """
+    dice, limit = random.Random(0), None
+    base = {"deft.alpha": 0.0, "deft.epsilon": 1e-7, "deft.beta": 20.0, "deft.approximation": "l0"}
+    base |= {"deft.adaptive": False, "deft.lambda_init": 0.8, **problem.baseline}
+    limit = problem.truth(base, STEPS)[0] - problem.max_score_drop
+    leaves = {f"deft.{key}": value for key, value in problem.deft.items()}
+    leaves |= {f"train.{key}": value for key, value in problem.train.items()}
+    found = [problem.truth(base, STEPS)]
+    for _ in range(draws):
+        measured = problem.truth({name: _draw(dice, domain) for name, domain in leaves.items()}, STEPS)
+        if measured[0] >= limit:
+            found.append(measured)
+    return np.array(found)
+
+
+def _draw(dice: random.Random, domain: Any) -> Any:
+    kind, args = next(iter(domain.items()))
+    if kind == "choice":
+        return dice.choice(args)
+    if kind == "loguniform":
+        return math.exp(dice.uniform(math.log(args[0]), math.log(args[1])))
+    return dice.uniform(*args)

@@ -1,0 +1,126 @@
+"""A sweep without training: the real schedule, searchers and rungs, an oracle for a model, and a clock of steps."""
+
+from __future__ import annotations
+
+import heapq
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+from problems import STEPS, Problem
+
+from deft_ray.results.records import Record
+from deft_ray.spec.loading import check_tree
+from deft_ray.spec.schema import SweepSpec, TrialSpec
+from deft_ray.sweep.rungs import build_rungs
+from deft_ray.sweep.schedule import Schedule
+from deft_ray.sweep.tuning import asha_lets_on
+from deft_ray.train.host import rung_steps
+
+TASK = "nano-sentiment"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One trial that has ended.
+
+    Args:
+        steps: Training steps of the whole sweep until then.
+        score: Its score.
+        density: Its density.
+        feasible: Whether it is complete and within the score limit.
+    """
+
+    steps: int
+    score: float
+    density: float
+    feasible: bool
+
+
+def build_spec(problem: Problem, seed: int, trials: int, **search: Any) -> SweepSpec:
+    """Write the spec of a sweep over a problem."""
+    spec, faults = check_tree(
+        {
+            "name": problem.name,
+            "data": {"tasks": [TASK]},
+            "deft": problem.deft,
+            "train": {"steps": STEPS, **problem.train},
+            "baseline": problem.baseline,
+            "search": {"trials": trials, "seed": seed, **search},
+            "constraint": {"max_score_drop": problem.max_score_drop},
+        }
+    )
+    if spec is None:
+        raise ValueError(faults)
+    return spec
+
+
+def simulate(problem: Problem, spec: SweepSpec, budget: int, workers: int = 4) -> Iterator[Ended]:
+    """Run a sweep of so many steps on several workers; yields its trials as they end.
+
+    Args:
+        problem: Measures instead of a training.
+        spec: See :func:`build_spec`.
+        budget: Training steps, after which no trial starts.
+        workers: Trials at once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = Schedule(spec, Path(folder), [])
+        rungs = build_rungs(spec, Path(folder), asha_lets_on)
+        clock, spent, limit, running = 0, 0, -np.inf, list[tuple[int, int, TrialSpec, list[tuple[int, int | None]]]]()
+        order = 0
+        while True:
+            while len(running) < workers and spent < budget and isinstance(trial := schedule.next(), TrialSpec):
+                stops = [(step, rung) for step, rung in rung_steps(STEPS, trial.rungs).items()] + [(STEPS, None)]
+                heapq.heappush(running, (clock + stops[0][0], order, trial, stops))
+                order += 1
+            if not running:
+                return
+            clock, number, trial, stops = heapq.heappop(running)
+            (step, rung), *later = stops
+            score, density = problem.measure(trial.flat(), step, trial.seed)
+            if rung is not None and (rungs is None or _goes_on(rungs, trial, rung, step, score, density)):
+                heapq.heappush(running, (clock + later[0][0] - step, number, trial, later))
+                continue
+            spent += step
+            whole = rung is None
+            if trial.baseline:
+                limit = score - problem.max_score_drop
+            yield Ended(spent, score, density, whole and score >= limit - 1e-9)
+            schedule.ended(_record(trial, step, score, density, "complete" if whole else "pruned"))
+
+
+def _goes_on(rungs: Any, trial: TrialSpec, rung: int, step: int, score: float, density: float) -> bool:
+    named = {"task": trial.task, "trial": trial.trial, "seed": trial.seed, "baseline": trial.baseline}
+    return bool(rungs.arrive(**named, rung=rung, step=step, score=score, density=density))
+
+
+def _record(trial: TrialSpec, steps: int, score: float, density: float, status: str) -> Record:
+    return Record(
+        trial=trial.trial,
+        task=trial.task,
+        seed=trial.seed,
+        baseline=trial.baseline,
+        setting=trial.setting,
+        status=status,
+        score=score,
+        density=density,
+        score_metric="accuracy",
+        dtype="float32",
+        activation="",
+        config=dict(trial.flat()),
+        steps=steps,
+    )
+
+
+def hypervolumes(ended: list[Ended], at: list[int], reference: tuple[float, float]) -> list[float]:
+    """Return the hypervolume of what was feasible after so many steps, for each number of steps in ``at``."""
+    found = []
+    for steps in at:
+        values = np.array([[-e.score, e.density] for e in ended if e.feasible and e.steps <= steps])
+        found.append(float(moocore.hypervolume(values, ref=[-reference[0], reference[1]])) if len(values) else 0.0)
+    return found

@@ -1,0 +1,76 @@
+"""The benchmark's simulator: a sweep without training that counts steps as a sweep with training would."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARK = str(Path(__file__).parents[2] / "benchmarks" / "search")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The benchmark's modules, which stand in a folder of scripts."""
+    monkeypatch.syspath_prepend(BENCHMARK)
+    import problems
+    import simulate
+
+    yield simulate, {problem.name: problem for problem in problems.PROBLEMS}, problems
+    for name in ("problems", "simulate"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["smooth", "crossing", "conditional"])
+def test_without_rungs_every_trial_costs_its_whole_length(benchmark: Any, name: str) -> None:
+    simulate, problems, _ = benchmark
+    problem = problems[name]
+    ended = list(simulate.simulate(problem, simulate.build_spec(problem, 0, 50, sampler="random"), 10 * 81))
+    assert [one.steps for one in ended] == [81 * number for number in range(1, len(ended) + 1)]
+    assert 10 <= len(ended) <= 10 + 4, "those that run when the budget is spent go on to their end"
+    again = list(simulate.simulate(problem, simulate.build_spec(problem, 0, 50, sampler="random"), 10 * 81))
+    assert again == ended
+    baseline = ended[0].score
+    assert all(one.feasible == (one.score >= baseline - problem.max_score_drop - 1e-9) for one in ended)
+
+
+def test_with_rungs_most_trials_cost_a_ninth(benchmark: Any) -> None:
+    simulate, problems, _ = benchmark
+    problem = problems["smooth"]
+    spec = simulate.build_spec(problem, 0, 500, sampler="random", scheduler="mo_asha")
+    ended = list(simulate.simulate(problem, spec, 20 * 81))
+    costs = np.diff([0, *(one.steps for one in ended)])
+    assert set(costs) == {9, 27, 81}
+    assert (costs == 9).sum() > (costs == 27).sum() > (costs == 81).sum() > 3
+    assert not any(one.feasible for one, cost in zip(ended, costs, strict=True) if cost < 81)
+
+
+def test_hypervolume_counts_what_was_feasible_by_then(benchmark: Any) -> None:
+    simulate, _, _ = benchmark
+    ended = [
+        simulate.Ended(81, 0.5, 0.6, True),
+        simulate.Ended(90, 0.9, 0.1, False),
+        simulate.Ended(171, 0.8, 0.7, True),
+    ]
+    assert simulate.hypervolumes(ended, [80, 81, 170, 171], (0.0, 1.0)) == pytest.approx([0, 0.2, 0.2, 0.2 + 0.3 * 0.3])
+
+
+@pytest.mark.parametrize("name", ["smooth", "crossing", "conditional"])
+def test_a_trial_is_measured_the_same_again_and_its_baseline_is_feasible(benchmark: Any, name: str) -> None:
+    _, problems, module = benchmark
+    problem = problems[name]
+    config = {"deft.alpha": 1.0, "deft.epsilon": 1e-4, "deft.beta": 20.0, "deft.approximation": "l0"}
+    config |= {"deft.adaptive": True, "deft.lambda_init": 0.8, "train.learning_rate": 2e-3}
+    assert problem.measure(config, 27, 0) == problem.measure(config, 27, 0)
+    assert problem.measure(config, 27, 0) != problem.measure(config, 27, 1)
+    drawn = [problem.measure(config, 81, seed) for seed in range(400)]
+    assert np.mean(drawn, axis=0) == pytest.approx(problem.truth(config, 81), abs=2e-3)
+    assert np.std(drawn, axis=0) == pytest.approx(problem.noise, abs=1e-3)
+    front = module.best_front(problem, draws=500)
+    assert (front >= 0).all()
+    assert (front <= 1).all()
+    assert len(front) > 20, "a good part of the space keeps the limit"
