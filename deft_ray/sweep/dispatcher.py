@@ -61,8 +61,8 @@ class Dispatcher:
         await self._change(lambda: self._board.release(host, cause, time.time()))
 
     async def host_ended(self, host: str, cause: str | None) -> None:
-        """A host will not come back; ``cause`` is why, or None if it was told to end."""
-        self._hosts_ended[host] = cause
+        """A host will not come back; ``cause`` is why, or None if it was told to end, or has said why before."""
+        self._hosts_ended[host] = cause or self._hosts_ended.get(host)
         await self.release(host, cause or "the host ended")
 
     async def hosts_ended(self) -> dict[str, str | None]:
