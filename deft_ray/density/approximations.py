@@ -223,11 +223,16 @@ def add_slope(approximation: Approximation, grad_NF: Tensor, act_NF: Tensor, wei
         weight_N: Weight of each row, float32.
     """
     out_NF = torch.empty_like(grad_NF)
+    buffer_NF: Tensor | None = None
     for part in chunks(act_NF):
-        act = act_NF[part].float()
-        slope_NF = torch.empty_like(act)
+        act, out = act_NF[part].float(), out_NF[part]
+        buffer_NF = torch.empty_like(act) if buffer_NF is None else buffer_NF
+        slope_NF = buffer_NF[: act.shape[0]]
         factor = approximation.fill_slope(act, slope_NF)
-        out_NF[part] = torch.addcmul(grad_NF[part].float(), slope_NF, weight_N[part].unsqueeze(1), value=factor)
+        into = out if out.dtype == torch.float32 else slope_NF
+        torch.addcmul(grad_NF[part].float(), slope_NF, weight_N[part].unsqueeze(1), value=factor, out=into)
+        if into is not out:
+            out.copy_(into)
     return out_NF
 
 

@@ -24,7 +24,8 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None = None) 
     """Count one layer's activations.
 
     Comparisons are written as float32 zeros and ones and summed per row, which is exact up to a d_ff of 2^24 and
-    several times faster than counting booleans.
+    several times faster than counting booleans. Buffers are used again: at this size an allocation costs as much as a
+    comparison.
 
     Args:
         act_BTF: Activations after the non-linearity and before any gate product; OPT's are (B x T, F).
@@ -44,17 +45,21 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None = None) 
     there_N = torch.ones_like(mask_N) if there_BT is None else there_BT.reshape(-1).to(torch.float64)
     require_rows(act_NF, mask_N)
     require_rows(act_NF, there_N)
-    padded, real = torch.zeros_like(mask_N[:1]), mask_N.new_zeros(1 + len(TAUS))
+    counts_KN = torch.empty(1 + len(TAUS), act_NF.shape[0], device=act_NF.device)
+    buffers: tuple[Tensor, Tensor] | None = None
     for part in chunks(act_NF):
-        act, mask = act_NF[part].float(), mask_N[part]
-        buffer = torch.empty_like(act)
-        nonzero = torch.ne(act, 0.0, out=buffer).sum(dim=-1).double()
-        magnitude = act.abs()
-        above = [torch.gt(magnitude, tau, out=buffer).sum(dim=-1).double() for tau in TAUS]
-        padded += nonzero @ there_N[part]
-        real += torch.stack([nonzero, *above]) @ mask
-    totals = torch.stack([mask_N.sum() * act_NF.shape[1], padded[0], there_N.sum() * act_NF.shape[1]])
-    return torch.cat([real[:1], totals, real[1:]]).to(torch.int64)
+        act = act_NF[part].float()
+        buffers = (torch.empty_like(act), torch.empty_like(act)) if buffers is None else buffers
+        magnitude, above = (buffer[: act.shape[0]] for buffer in buffers)
+        nonzero, *beyond = counts_KN[:, part].unbind()
+        torch.sum(torch.ne(act, 0.0, out=above), dim=-1, out=nonzero)
+        torch.abs(act, out=magnitude)
+        for tau, count in zip(TAUS, beyond, strict=True):
+            torch.sum(torch.gt(magnitude, tau, out=above), dim=-1, out=count)
+    counts_KN = counts_KN.double()
+    real, padded = counts_KN @ mask_N, counts_KN[:1] @ there_N
+    totals = torch.stack([mask_N.sum(), there_N.sum()]) * act_NF.shape[1]
+    return torch.cat([real[:1], totals[:1], padded, totals[1:], real[1:]]).to(torch.int64)
 
 
 def require_rows(act_NF: Tensor, mask_N: Tensor) -> None:
