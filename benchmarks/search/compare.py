@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random, mo_asha": {"sampler": "random", "scheduler": "mo_asha"},
     "tpe, asha": {"sampler": "tpe", "scheduler": "asha"},
     "tpe, mo_asha": {"sampler": "tpe", "scheduler": "mo_asha"},
+    "mo_tpe": {"sampler": "mo_tpe"},
+    "mo_tpe, mo_asha": {"sampler": "mo_tpe", "scheduler": "mo_asha"},
 }
 RAY = "Ray's OptunaSearch"
 REFERENCE = (0.0, 1.0)

@@ -1,13 +1,8 @@
 r"""Multi-objective asynchronous successive halving: which trials train on beyond a rung.
 
 A rung is a share of a trial's steps. A trial that arrives is compared with all that have arrived there before it, and
-trains on if it stands among the best 1/η of them, itself counted. With two objectives "best" is an order, not a number
-(Schmucker et al., arXiv:2106.12639):
-
-1. feasible trials before those that miss the score limit, the latter by how much they miss it;
-2. feasible ones by non-dominated sorting: a front before the next;
-3. within a front by an ε-net: the best score first, then always the one that is farthest from all before it, with both
-   objectives scaled to the rung's range, so that what trains on is spread along the front.
+trains on if it stands among the best 1/η of them, itself counted. What is best with two objectives and a score limit:
+:func:`deft_ray.sweep.order.best_first`.
 
 The score limit is judged against the baseline of the same task and seed *at the same rung*, since everything is worse
 in the middle of its training.
@@ -21,19 +16,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import moocore
-import numpy as np
-
 from deft_ray.results.points import is_feasible
 from deft_ray.spec.schema import SweepSpec
-
-#: Distances that differ by less are one: roundings decide about no trial.
-_TIE = 1e-12
+from deft_ray.sweep.order import best_first
 
 
 @dataclass(frozen=True)
@@ -141,41 +131,7 @@ def _whole_lines(journal: Path) -> list[str]:
 def is_among_the_best(others: Sequence[Arrival], mine: Arrival, factor: float) -> bool:
     """Tell whether an arrival is among the best 1/η of its rung, itself counted."""
     kept = max(1, int((len(others) + 1) / factor))
-    return len(others) in islice(order([*others, mine]), kept)
-
-
-def order(arrivals: Sequence[Arrival]) -> Iterator[int]:
-    """Yield the places of a rung's arrivals in ``arrivals``, best first."""
-    feasible = [index for index, arrival in enumerate(arrivals) if arrival.missed == 0.0]
-    rest = sorted(set(range(len(arrivals))) - set(feasible), key=lambda index: (arrivals[index].missed, index))
-    if not feasible:
-        yield from rest
-        return
-    values = np.array([[-arrivals[index].score, arrivals[index].density] for index in feasible], dtype=np.float64)
-    span = np.ptp(values, axis=0)
-    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
-    ranks = moocore.pareto_rank(values)
-    for rank in np.unique(ranks):
-        front = np.flatnonzero(ranks == rank)
-        yield from (feasible[front[place]] for place in epsilon_net(scaled[front]))
-    yield from rest
-
-
-def epsilon_net(points: np.ndarray) -> list[int]:
-    """Order points so that every first few of them are spread: the first objective's best, then always the farthest.
-
-    Args:
-        points: (n, 2), each column to be minimised, scaled alike. Ties go to the earlier point.
-    """
-    first = int(np.lexsort((points[:, 1], points[:, 0]))[0])
-    chosen, nearest = [first], np.linalg.norm(points - points[first], axis=1)
-    nearest[first] = -1.0
-    while len(chosen) < len(points):
-        following = int(np.argmax(nearest >= nearest.max() - _TIE))
-        chosen.append(following)
-        nearest = np.minimum(nearest, np.linalg.norm(points - points[following], axis=1))
-        nearest[chosen] = -1.0
-    return chosen
+    return len(others) in islice(best_first([*others, mine]), kept)
 
 
 def build_rungs(spec: SweepSpec, folder: Path, single: Decide) -> Rungs | None:

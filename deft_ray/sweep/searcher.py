@@ -11,9 +11,13 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -25,6 +29,8 @@ from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.points import deciding_first, first_points, sample_of
 from deft_ray.spec.resolve import is_read, judged_at
 from deft_ray.spec.schema import SweepSpec
+from deft_ray.sweep.order import best_first
+from deft_ray.sweep.parzen import Space
 
 optuna.logging.set_verbosity(logging.ERROR)
 
@@ -41,6 +47,12 @@ class Ending(enum.StrEnum):
     PRUNED = "pruned"
     INFEASIBLE = "infeasible"
     COMPLETE = "complete"
+
+
+#: Endings that say something about a point.
+_TELLING = (Ending.COMPLETE, Ending.INFEASIBLE, Ending.PRUNED, Ending.DIVERGED)
+#: Share of the told points that ``mo_tpe`` draws near to.
+_GOOD = 0.25
 
 
 class TaskSearch:
@@ -60,6 +72,8 @@ class TaskSearch:
         self, spec: SweepSpec, task: str, folder: Path, known: Sequence[tuple[list[Record], list[Record]]] = ()
     ) -> None:
         self.spec, self.task, self._first = spec, task, len(known)
+        self._space = Space({dotted: spec.space[dotted] for dotted in deciding_first(spec)}, partial(is_read, spec))
+        self._rows: dict[int, np.ndarray] = {}
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -86,11 +100,16 @@ class TaskSearch:
             trial = known[place]
             if trial.state.is_finished() or not self._lacks(trial.params):
                 return dict(trial.params)
-            values = {**self._suggest_all(self._view(known[:place]).ask()), **trial.params}
+            mine = self.spec.search.sampler == "mo_tpe"
+            again = self._draw(known[:place], number) if mine else self._suggest_all(self._view(known[:place]).ask())
+            values = {**again, **trial.params}
             self._complete(trial, values)  # killed while it was asked
             return values
-        if self.spec.search.sampler == "gp" and place == len(known):
-            self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
+        if place == len(known):
+            if self.spec.search.sampler == "gp":
+                self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
+            elif self.spec.search.sampler == "mo_tpe":
+                self._study.enqueue_trial(self._draw(known, number))
         asked = self._study.ask()
         assert asked.number == place, f"asked for point {number} of {self.task}, got {asked.number - self._first}"
         return self._suggest_all(asked)
@@ -151,6 +170,28 @@ class TaskSearch:
             )
         return view
 
+    def _draw(self, known: Sequence[FrozenTrial], number: int) -> dict[str, Scalar]:
+        """Draw a point by the order in which successive halving sees what was told; at random while that is little."""
+        telling = [trial for trial in known if trial.user_attrs.get("ending") in _TELLING]
+        dice = np.random.default_rng(_seed(self.spec, f"{self.task} {number}"))
+        if len(telling) < self.spec.search.startup_trials:
+            return self._space.draw([], [], dice)
+        best = islice(_best_first(telling, self.spec.constraint.max_score_drop), math.ceil(_GOOD * len(telling)))
+        good = {trial.number for trial in best}
+        under_way = [trial for trial in known if not trial.state.is_finished()]
+        rows = {trial.number: self._row(trial) for trial in (*telling, *under_way)}
+        return self._space.draw(
+            [row for place, row in rows.items() if place in good],
+            [row for place, row in rows.items() if place not in good],
+            dice,
+        )
+
+    def _row(self, trial: FrozenTrial) -> np.ndarray:
+        """Coordinates of a trial; kept, as one that was asked does not change."""
+        if trial.number not in self._rows:
+            self._rows[trial.number] = self._space.encode(trial.params)
+        return self._rows[trial.number]
+
     def _lacks(self, values: Mapping[str, Scalar]) -> bool:
         """Whether a leaf has no value that a trial with these values reads."""
         space = deciding_first(self.spec)
@@ -177,11 +218,14 @@ class TaskSearch:
         if frozen.state.is_finished():
             return
         limit = self.spec.constraint.max_score_drop
-        values = changes(results, baselines, judged_at(self.spec.search.objectives))
+        tau = judged_at(self.spec.search.objectives)
+        values = changes(results, baselines, tau)
         ending = ending_of(results, values, limit)
         trial = Trial(self._study, frozen._trial_id)
         trial.set_user_attr("ending", ending.value)
         trial.set_user_attr("steps", max((record.steps for record in results), default=0))
+        if ending is Ending.PRUNED and (reached := _means(results, baselines, tau)) is not None:
+            trial.set_user_attr("reached", list(reached))
         missed = -values[0] - limit if ending is Ending.INFEASIBLE and values is not None and limit is not None else 0.0
         trial.set_constraint(_SCORE_LIMIT, missed)
         trial.set_constraint(_NUMBERS, 1.0 if ending is Ending.DIVERGED else 0.0)
@@ -223,15 +267,52 @@ def changes(results: Sequence[Record], baselines: Sequence[Record], tau: float =
         baselines: The baseline of each, taken as it was trained.
         tau: Threshold at which the records are taken.
     """
-    if not results or any(record.status != "complete" for record in (*results, *baselines)):
+    if any(record.status != "complete" for record in (*results, *baselines)):
         return None
+    return _means(results, baselines, tau)
+
+
+def _means(results: Sequence[Record], baselines: Sequence[Record], tau: float) -> tuple[float, float] | None:
+    """The same of trials wherever they have ended."""
     found = [record.at(tau) for record in results]
     pairs = [(score, baseline.score) for (score, _), baseline in zip(found, baselines, strict=True)]
     gains = [score - before for score, before in pairs if score is not None and before is not None]
     densities = [density for _, density in found if density is not None]
-    if len(gains) < len(results) or len(densities) < len(results) or not all(map(math.isfinite, (*gains, *densities))):
+    whole = 0 < len(results) == len(gains) == len(densities)
+    if not whole or not all(map(math.isfinite, (*gains, *densities))):
         return None
     return sum(gains) / len(gains), sum(densities) / len(densities)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A told trial with what it is judged by."""
+
+    trial: FrozenTrial
+    score: float
+    density: float
+    missed: float
+
+
+def _best_first(trials: Sequence[FrozenTrial], max_score_drop: float | None) -> Iterator[FrozenTrial]:
+    """Yield told trials, best first: by how far they came, and of those that came as far by score, density and limit.
+
+    Those that were pruned at a rung were the worse ones there. Diverged ones come last.
+    """
+    stages: dict[float, list[_Told]] = {}
+    lost = []
+    for trial in trials:
+        ending = trial.user_attrs["ending"]
+        values = trial.user_attrs.get("reached") if ending == Ending.PRUNED else trial.values
+        if values is None:
+            lost.append(trial)
+            continue
+        missed = -values[0] - max_score_drop if ending == Ending.INFEASIBLE and max_score_drop is not None else 0.0
+        stage = trial.user_attrs["steps"] if ending == Ending.PRUNED else math.inf
+        stages.setdefault(stage, []).append(_Told(trial, values[0], values[1], missed))
+    for stage in sorted(stages, reverse=True):
+        yield from (stages[stage][place].trial for place in best_first(stages[stage]))
+    yield from lost
 
 
 def _suggest(trial: Trial, dotted: str, domain: Domain) -> Scalar:
@@ -247,8 +328,7 @@ def _suggest(trial: Trial, dotted: str, domain: Domain) -> Scalar:
 
 def build_sampler(spec: SweepSpec, what: str) -> optuna.samplers.BaseSampler:
     """Build the spec's sampler with a seed of its own for this one ask; a grid's points are all enqueued."""
-    digest = hashlib.sha256(f"{spec.search.seed} {what}".encode()).digest()
-    seed, start = int.from_bytes(digest[:4], "big"), spec.search.startup_trials
+    seed, start = _seed(spec, what), spec.search.startup_trials
     match spec.search.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=start)
@@ -260,3 +340,7 @@ def build_sampler(spec: SweepSpec, what: str) -> optuna.samplers.BaseSampler:
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=start)  # needs torch; the driver has it
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _seed(spec: SweepSpec, what: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{spec.search.seed} {what}".encode()).digest()[:4], "big")

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deft_ray.sweep.rungs import Arrival, Rungs, epsilon_net, order
+from deft_ray.sweep.order import best_first, epsilon_net
+from deft_ray.sweep.rungs import Arrival, Rungs
 from deft_ray.sweep.tuning import asha_lets_on
 
 Row = dict[str, Any]
 
 
 def ordered(arrivals: list[Arrival]) -> list[int]:
-    return list(order(arrivals))
+    return list(best_first(arrivals))
 
 
 def row(trial: int, rung: int = 0, score: float = 0.5, density: float = 0.5, **fields: Any) -> Row:
@@ -160,9 +161,9 @@ def test_baselines_and_other_tasks_are_no_company(tmp_path: Path) -> None:
 
 def test_the_net_spreads() -> None:
     line = np.array([[x, 1.0 - x] for x in np.linspace(0.0, 1.0, 9)])
-    assert epsilon_net(line)[:3] == [0, 8, 4]
+    assert list(epsilon_net(line))[:3] == [0, 8, 4]
     assert sorted(epsilon_net(line)) == list(range(9))
-    assert epsilon_net(np.zeros((4, 2))) == [0, 1, 2, 3]
+    assert list(epsilon_net(np.zeros((4, 2)))) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("factor", [1.5, 2.0, 3.0, 4.0])

@@ -76,7 +76,7 @@ def test_samples_lie_in_their_domains(tmp_path: Path) -> None:
         assert trial.train.batch_size in (8, 16)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "nsga2", "random"])
 def test_one_at_a_time_a_seed_gives_one_search(tmp_path: Path, sampler: str) -> None:
     spec = make_spec(sampler=sampler, seed=3)
     assert run(Schedule(spec, tmp_path / "a", [])) == run(Schedule(spec, tmp_path / "b", []))
@@ -84,7 +84,7 @@ def test_one_at_a_time_a_seed_gives_one_search(tmp_path: Path, sampler: str) -> 
     assert other[2:] != run(Schedule(spec, tmp_path / "d", []))[2:]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "nsga2", "random"])
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 5, 9, 13])
 def test_a_killed_search_goes_on_as_if_it_had_not_been(tmp_path: Path, sampler: str, killed_after: int) -> None:
     """Killed after so many trials, one more given out and not ended; then rebuilt from the records and the journal."""

@@ -71,7 +71,7 @@ def told(folder: Path) -> list[FrozenTrial]:
 # --- a conditional space ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "nsga2", "random", "gp"])
 def test_a_leaf_is_sampled_only_where_a_trial_reads_it(tmp_path: Path, sampler: str) -> None:
     spec = make_spec(sampler=sampler)
     search = TaskSearch(spec, TASK, tmp_path)
@@ -105,7 +105,7 @@ def test_a_point_lacks_no_leaf_that_it_reads() -> None:
         resolve_trial(spec, "t", TASK, 0, {"deft.approximation": "l1", "deft.alpha": 1.0})
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "random", "gp"])
 @pytest.mark.parametrize("told_before", [0, 7])
 def test_an_ask_that_was_cut_short_is_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, told_before: int
@@ -208,7 +208,8 @@ def test_each_ending_is_told_as_what_it_is(
     (trial,) = told(tmp_path)
 
     assert trial.state == state
-    assert trial.user_attrs == {"ending": ending, "steps": 7}
+    reached = {"reached": pytest.approx([-0.3, 0.5])} if ending == "pruned" else {}
+    assert trial.user_attrs == {"ending": ending, "steps": 7, **reached}
     assert sum(max(0.0, value) for value in trial.constraints.values()) == pytest.approx(broken)
     assert (None if trial.values is None else pytest.approx(trial.values)) == values
 
@@ -231,7 +232,7 @@ def test_changes_are_means_over_seeds_against_their_own_baselines() -> None:
     assert changes([], []) is None
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "nsga2", "gp"])
 def test_the_sampler_keeps_away_from_what_breaks_the_limit(tmp_path: Path, sampler: str) -> None:
     """α above 1 misses the score limit, above 5 diverges; the density alone would drive α up without end.
 

@@ -214,7 +214,7 @@ def test_a_sampler_that_learns_nothing_has_no_use_for_it() -> None:
         ]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "gp"])
 @pytest.mark.parametrize("after", [1, 2, 3, 7, 20])
 def test_killed_while_known_points_are_told_the_study_is_whole_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, after: int
