@@ -1,11 +1,11 @@
 """How fast searches find a front: hypervolume over training steps, for several methods and problems.
 
-    python benchmarks/search/compare.py [--seeds 20] [--trials 60] [--problems smooth,crossing,conditional]
+    python benchmarks/search/compare.py [--seeds 20] [--problems nano,smooth] [--processes 2] [--dry]
 
 Every method has the same budget in training steps, four workers, and the same noise. Writes ``results/search.json``:
-means and 95 % intervals of the hypervolume, as a share of the best known one, over steps; and the steps that each
-method takes to 95 % of it. Ray's OptunaSearch runs as it ships, one trial at a time, without a score limit, as it has
-none.
+means and 95 % intervals of the hypervolume, as a share of the best known one, over steps; the steps that each method
+takes to 95 % of it; and what asking, telling and scheduling cost per trial when 1,000 are run.
+``benchmarks/search/page.py`` makes ``docs/search.md`` of it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import moocore
 import numpy as np
 from problems import PROBLEMS, STEPS, Problem, best_front
-from simulate import Ended, build_spec, hypervolumes, simulate
+from rivals import RIVALS, run_rival
+from simulate import Ended, build_spec, simulate
+from table import TABLE, load_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from store import store
@@ -32,100 +36,118 @@ METHODS: dict[str, dict[str, Any]] = {
     "nsga2": {"sampler": "nsga2"},
     "tpe": {"sampler": "tpe"},
     "gp": {"sampler": "gp"},
+    "mo_tpe": {"sampler": "mo_tpe"},
     "random, mo_asha": {"sampler": "random", "scheduler": "mo_asha"},
     "tpe, asha": {"sampler": "tpe", "scheduler": "asha"},
     "tpe, mo_asha": {"sampler": "tpe", "scheduler": "mo_asha"},
-    "mo_tpe": {"sampler": "mo_tpe"},
     "mo_tpe, mo_asha": {"sampler": "mo_tpe", "scheduler": "mo_asha"},
 }
-RAY = "Ray's OptunaSearch"
 REFERENCE = (0.0, 1.0)
-#: Shares of the budget at which hypervolumes are taken.
-MARKS = 40
+#: Budget in trials of full length; the table has 210 configurations.
+BUDGETS = {"nano": 210}
+BUDGET = 60
+#: Steps of the budget at which hypervolumes are kept.
+MARKS = 60
 ENOUGH = 0.95
+#: Trials in a row that are timed.
+MANY = 1000
 
 
 def main() -> None:
     """Run every method on every problem with every seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--trials", type=int, default=60, help="budget, in trials of full length")
-    parser.add_argument("--problems", default=",".join(problem.name for problem in PROBLEMS))
-    parser.add_argument("--methods", default=";".join([*METHODS, RAY]), help="semicolon between them")
+    parser.add_argument("--problems", default=",".join(["nano", *(problem.name for problem in PROBLEMS)]))
+    parser.add_argument("--methods", default=";".join([*METHODS, *RIVALS]), help="semicolon between them")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, and store nothing")
     given = parser.parse_args()
-    chosen = [problem for problem in PROBLEMS if problem.name in given.problems.split(",")]
-    found = [
-        compare(problem, method, given.seeds, given.trials * STEPS)
-        for problem in chosen
-        for method in given.methods.split(";")
+    problems, methods = given.problems.split(","), given.methods.split(";")
+    best = {name: _best(load_problem(name)) for name in problems}
+    jobs = [(name, method, seed) for name in problems for method in methods for seed in range(given.seeds)]
+    with ProcessPoolExecutor(given.processes) as pool:
+        curves = dict(zip(jobs, pool.map(_curve, jobs, [best[name] for name, _, _ in jobs]), strict=True))
+    runs = [
+        summarise(name, method, best[name], [curves[name, method, seed] for seed in range(given.seeds)])
+        for name in problems
+        for method in methods
     ]
     if not given.dry:
-        store("search", {"seeds": given.seeds, "budget_steps": given.trials * STEPS, "runs": found})
+        costs = [cost(method) for method in methods if method in METHODS]
+        store("search", {"seeds": given.seeds, "reference": REFERENCE, "runs": runs, "cost": costs})
 
 
-def compare(problem: Problem, method: str, seeds: int, budget: int) -> dict[str, Any]:
-    """One method on one problem: its hypervolumes over steps, and the steps to enough."""
-    front = best_front(problem)
-    best = float(moocore.hypervolume(front * [-1.0, 1.0], ref=[-REFERENCE[0], REFERENCE[1]]))
+def load_problem(name: str) -> Problem:
+    """Return a problem by its name."""
+    if name == TABLE.stem.split("_")[0]:
+        return load_table()
+    return next(problem for problem in PROBLEMS if problem.name == name)
+
+
+def _best(problem: Problem) -> float:
+    return float(moocore.hypervolume(best_front(problem) * [-1.0, 1.0], ref=[-REFERENCE[0], REFERENCE[1]]))
+
+
+def budget_of(name: str) -> int:
+    """Training steps that every method has."""
+    return BUDGETS.get(name, BUDGET) * STEPS
+
+
+def _curve(job: tuple[str, str, int], best: float) -> list[tuple[int, float]]:
+    """One run: steps, and the share of the best known hypervolume since then, where it grew."""
+    name, method, seed = job
+    found, values, reached = [(0, 0.0)], np.empty((0, 2)), 0.0
+    for ended in run(load_problem(name), method, seed, budget_of(name)):
+        if ended.feasible:
+            values = np.vstack([values, [-ended.score, ended.density]])
+            share = float(moocore.hypervolume(values, ref=[-REFERENCE[0], REFERENCE[1]])) / best
+            if share > reached:
+                reached = share
+                found.append((ended.steps, share))
+        if reached >= 1.0 - 1e-9:
+            break  # there is no more to find
+    return found
+
+
+def summarise(name: str, method: str, best: float, curves: list[list[tuple[int, float]]]) -> dict[str, Any]:
+    """Describe one method on one problem."""
+    budget = budget_of(name)
     at = [round(budget * (mark + 1) / MARKS) for mark in range(MARKS)]
-    began, curves, reached, trials = time.perf_counter(), [], [], 0
-    for seed in range(seeds):
-        ended = list(run(problem, method, seed, budget))
-        trials += len(ended)
-        curves.append([volume / best for volume in hypervolumes(ended, at, REFERENCE)])
-        reached.append(next((steps for steps, share in zip(at, curves[-1], strict=True) if share >= ENOUGH), None))
-    means, half = np.mean(curves, axis=0), 1.96 * np.std(curves, axis=0, ddof=1) / seeds**0.5
-    known = [steps for steps in reached if steps is not None]
-    median = statistics.median(known) if len(known) > seeds / 2 else None
-    print(
-        f"{problem.name:12} {method:20} {means[-1]:.3f} ± {half[-1]:.3f}, to {ENOUGH:.0%}: {median} steps", flush=True
-    )
+    shares = np.array([[max(share for step, share in curve if step <= steps) for steps in at] for curve in curves])
+    means, half = shares.mean(axis=0), 1.96 * shares.std(axis=0, ddof=1) / len(curves) ** 0.5
+    reached = [next((step for step, share in curve if share >= ENOUGH), None) for curve in curves]
+    known = sorted(step for step in reached if step is not None)
+    median = statistics.median([step if step is not None else np.inf for step in reached])
+    end = f"{means[-1]:.3f} ± {half[-1]:.3f}"
+    print(f"{name:12} {method:20} {end}, to {ENOUGH:.0%}: {median} steps, {len(known)} of {len(curves)}")
     return {
-        "problem": problem.name,
+        "problem": name,
         "method": method,
         "best_hypervolume": best,
         "steps": at,
         "mean": means.tolist(),
         "half_interval": half.tolist(),
-        "median_steps_to_enough": median,
-        "reached_enough": len(known),
-        "ms_per_trial": 1e3 * (time.perf_counter() - began) / trials,
+        "median_steps_to_enough": None if np.isinf(median) else median,
+        "steps_to_enough": reached,
     }
+
+
+def cost(method: str) -> dict[str, Any]:
+    """Time one run of many trials on the problem with the most leaves; a Gaussian process has a tenth of them."""
+    problem, many = PROBLEMS[-1], MANY if METHODS[method]["sampler"] != "gp" else MANY // 10
+    began = time.perf_counter()
+    trials = sum(1 for _ in islice(simulate(problem, build_spec(problem, 0, many, **METHODS[method]), 10**9), many))
+    seconds = time.perf_counter() - began
+    print(f"{method:20} {trials} trials in {seconds:.1f} s")
+    return {"method": method, "trials": trials, "seconds": seconds, "ms_per_trial": 1e3 * seconds / trials}
 
 
 def run(problem: Problem, method: str, seed: int, budget: int) -> Iterator[Ended]:
     """One run of a method."""
-    if method == RAY:
-        return run_ray(problem, seed, budget)
-    trials = 40 * budget // STEPS
+    if method in RIVALS:
+        return run_rival(problem, RIVALS[method](problem, seed), budget)
+    trials = 10 * budget // STEPS  # more than the budget pays for: the first rung is a ninth of a trial
     return simulate(problem, build_spec(problem, seed, trials, **METHODS[method]), budget)
-
-
-def run_ray(problem: Problem, seed: int, budget: int) -> Iterator[Ended]:
-    """Ray Tune's own searcher with two objectives, every trial at full length; the limit is applied afterwards."""
-    from ray import tune
-    from ray.tune.search.optuna import OptunaSearch
-
-    leaves = {f"deft.{key}": value for key, value in problem.deft.items()}
-    leaves |= {f"train.{key}": value for key, value in problem.train.items()}
-    domains = {name: next(iter(domain.items())) for name, domain in leaves.items()}
-    space = {
-        name: getattr(tune, kind)(*([args] if kind == "choice" else args)) for name, (kind, args) in domains.items()
-    }
-    search = OptunaSearch(space, metric=["score", "density"], mode=["max", "min"], seed=seed)
-    defaults = {"deft.epsilon": 1e-7, "deft.beta": 20.0, "deft.approximation": "l0", "deft.adaptive": False}
-    defaults |= {"deft.lambda_init": 0.8, "train.learning_rate": 2e-3}
-    score, density = problem.measure({**defaults, **problem.baseline, "deft.alpha": 0.0}, STEPS, 0)
-    limit, spent = score - problem.max_score_drop, STEPS
-    yield Ended(spent, score, density, True)
-    while spent < budget:
-        name = f"t{spent}"
-        config = search.suggest(name)
-        score, density = problem.measure({**defaults, **config}, STEPS, 0)
-        search.on_trial_complete(name, {"score": score, "density": density})
-        spent += STEPS
-        yield Ended(spent, score, density, score >= limit - 1e-9)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moocore
 import numpy as np
 from problems import STEPS, Problem
 
@@ -83,15 +83,16 @@ def simulate(problem: Problem, spec: SweepSpec, budget: int, workers: int = 4) -
             clock, number, trial, stops = heapq.heappop(running)
             (step, rung), *later = stops
             score, density = problem.measure(trial.flat(), step, trial.seed)
-            if rung is not None and (rungs is None or _goes_on(rungs, trial, rung, step, score, density)):
+            lost = not (math.isfinite(score) and math.isfinite(density))
+            if not lost and rung is not None and (rungs is None or _goes_on(rungs, trial, rung, step, score, density)):
                 heapq.heappush(running, (clock + later[0][0] - step, number, trial, later))
                 continue
             spent += step
-            whole = rung is None
+            status = "diverged" if lost else "complete" if rung is None else "pruned"
             if trial.baseline:
                 limit = score - problem.max_score_drop
-            yield Ended(spent, score, density, whole and score >= limit - 1e-9)
-            schedule.ended(_record(trial, step, score, density, "complete" if whole else "pruned"))
+            yield Ended(spent, score, density, status == "complete" and score >= limit - 1e-9)
+            schedule.ended(_record(trial, step, score, density, status))
 
 
 def _goes_on(rungs: Any, trial: TrialSpec, rung: int, step: int, score: float, density: float) -> bool:
@@ -115,12 +116,3 @@ def _record(trial: TrialSpec, steps: int, score: float, density: float, status: 
         config=dict(trial.flat()),
         steps=steps,
     )
-
-
-def hypervolumes(ended: list[Ended], at: list[int], reference: tuple[float, float]) -> list[float]:
-    """Return the hypervolume of what was feasible after so many steps, for each number of steps in ``at``."""
-    found = []
-    for steps in at:
-        values = np.array([[-e.score, e.density] for e in ended if e.feasible and e.steps <= steps])
-        found.append(float(moocore.hypervolume(values, ref=[-reference[0], reference[1]])) if len(values) else 0.0)
-    return found
