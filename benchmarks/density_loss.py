@@ -183,17 +183,24 @@ def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[s
 
 
 def measure_saved(trainer: Trainer) -> dict[str, Any]:
-    """Bytes kept for the backward pass, of the whole model, and of it per activation of the MLPs."""
-    whole = {name: trainer.saved_bytes(way) for name, way in WAYS.items()}
+    """Bytes kept for the backward pass under every kind of checkpointing: of the model, and per activation of the MLPs.
+
+    Under checkpointing, what is kept when the forward pass has ended; a block that is computed again keeps then what it
+    keeps without.
+    """
     elements = sum(int(mask.numel()) * _d_ff(trainer) * _layers(trainer, side) for side, mask in trainer.masks.items())
-    first = whole["peft"]
-    return {
-        "mib": {name: round(value / 2**20, 1) for name, value in whole.items()},
-        "bytes_per_activation_beyond_peft": {
-            name: round((value - first) / elements, 2) for name, value in whole.items()
-        },
-        "activations": elements,
-    }
+    figures: dict[str, Any] = {"activations": elements}
+    for kind in CHECKPOINTING:
+        with trainer.checkpointing(kind):
+            whole = {name: trainer.saved_bytes(way) for name, way in WAYS.items()}
+        first = whole["peft"]
+        figures[kind] = {
+            "mib": {name: round(value / 2**20, 1) for name, value in whole.items()},
+            "bytes_per_activation_beyond_peft": {
+                name: round((value - first) / elements, 2) for name, value in whole.items()
+            },
+        }
+    return figures
 
 
 def _d_ff(trainer: Trainer) -> int:
