@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deft_ray.spec.points import grid
+
 BENCHMARK = str(Path(__file__).parents[2] / "benchmarks" / "search")
 
 
@@ -21,7 +23,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import simulate
 
     yield simulate, {problem.name: problem for problem in problems.PROBLEMS}, problems
-    for name in ("problems", "simulate"):
+    for name in ("problems", "simulate", "rivals", "table"):
         sys.modules.pop(name, None)
 
 
@@ -49,14 +51,53 @@ def test_with_rungs_most_trials_cost_a_ninth(benchmark: Any) -> None:
     assert not any(one.feasible for one, cost in zip(ended, costs, strict=True) if cost < 81)
 
 
-def test_hypervolume_counts_what_was_feasible_by_then(benchmark: Any) -> None:
-    simulate, _, _ = benchmark
-    ended = [
-        simulate.Ended(81, 0.5, 0.6, True),
-        simulate.Ended(90, 0.9, 0.1, False),
-        simulate.Ended(171, 0.8, 0.7, True),
-    ]
-    assert simulate.hypervolumes(ended, [80, 81, 170, 171], (0.0, 1.0)) == pytest.approx([0, 0.2, 0.2, 0.2 + 0.3 * 0.3])
+def test_the_recorded_table_is_every_combination_of_its_spec(benchmark: Any) -> None:
+    """Its best point by hand, from the rows alone."""
+    simulate, _, module = benchmark
+    import table
+
+    problem, rows = table.load_table(), table.pq.read_table(table.TABLE).to_pylist()
+    points = grid(simulate.build_spec(problem, 0, 1, sampler="grid"))
+    assert len(points) == 210
+    whole = {**problem.without_loss(), **points[0]}
+    for point in points:
+        config = {**whole, **point}
+        assert all(np.isfinite(problem.measure(config, steps, 0)).all() for steps in (9, 27, 81)), point
+    last = [row for row in rows if row["step"] == 81]
+    (baseline,) = (row for row in last if row["baseline"])
+    assert problem.measure(problem.without_loss(), 81, 0) == (baseline["score"], baseline["density"])
+    best = min(row["density"] for row in last if row["score"] >= baseline["score"] - problem.max_score_drop)
+    front = module.best_front(problem)
+    assert front[:, 1].min() == best
+    assert (front[:, 0] >= baseline["score"] - problem.max_score_drop - 1e-9).all()
+
+
+def test_a_rival_has_the_same_budget_and_measures(benchmark: Any) -> None:
+    _, problems, _ = benchmark
+    import rivals
+
+    asked = []
+
+    class Halves:
+        """Stops every second trial at its first rung."""
+
+        def ask(self, number: int) -> dict[str, Any]:
+            asked.append(number)
+            return {"deft.alpha": 0.1 * (number + 1)}
+
+        def goes_on(self, number: int, *_: float) -> bool:
+            return number % 2 == 0
+
+        def tell(self, number: int, *_: float) -> None:
+            assert number % 2 == 0
+
+    ended = list(rivals.run_rival(problems["smooth"], Halves(), 20 * 81))
+    costs = np.diff([0, *(one.steps for one in ended)])
+    assert costs[0] == 81, "the baseline"
+    assert sorted(set(costs)) == [9, 81]
+    assert len(asked) == len(ended) - 1 == list(costs).count(9) + list(costs).count(81) - 1
+    assert sum(costs) >= 20 * 81 > sum(costs) - 4 * 81
+    assert not any(one.feasible for one, cost in zip(ended, costs, strict=True) if cost == 9)
 
 
 @pytest.mark.parametrize("name", ["smooth", "crossing", "conditional"])
