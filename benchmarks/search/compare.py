@@ -2,9 +2,10 @@
 
     python benchmarks/search/compare.py [--seeds 20] [--problems nano,smooth] [--processes 2] [--dry]
 
-Every method has the same budget in training steps, four workers, and the same noise. Writes ``results/search.json``:
-means and 95 % intervals of the hypervolume, as a share of the best known one, over steps; the steps that each method
-takes to 95 % of it; and what asking, telling and scheduling cost per trial when 1,000 are run.
+Every method has the same budget in training steps, four workers, and the same noise. Writes
+``results/search_<problem>.json``: means and 95 % intervals of the hypervolume, as a share of the best known one, over
+steps, and the steps that each method takes to 95 % of it; and ``search_cost.json``: what asking, telling and scheduling
+cost per trial when 1,000 are run. ``syne-tune`` has to be installed beside (``pip install --no-deps syne-tune``).
 ``benchmarks/search/page.py`` makes ``docs/search.md`` of it.
 """
 
@@ -44,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 REFERENCE = (0.0, 1.0)
 #: Budget in trials of full length; the table has 210 configurations.
-BUDGETS = {"nano": 210}
+BUDGETS = {"nano": 120}
 BUDGET = 60
 #: Steps of the budget at which hypervolumes are kept.
 MARKS = 60
@@ -62,19 +63,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, and store nothing")
     given = parser.parse_args()
-    problems, methods = given.problems.split(","), given.methods.split(";")
-    best = {name: _best(load_problem(name)) for name in problems}
-    jobs = [(name, method, seed) for name in problems for method in methods for seed in range(given.seeds)]
+    methods = given.methods.split(";")
     with ProcessPoolExecutor(given.processes) as pool:
-        curves = dict(zip(jobs, pool.map(_curve, jobs, [best[name] for name, _, _ in jobs]), strict=True))
-    runs = [
-        summarise(name, method, best[name], [curves[name, method, seed] for seed in range(given.seeds)])
-        for name in problems
-        for method in methods
-    ]
+        for name in given.problems.split(","):
+            best = _best(load_problem(name))
+            jobs = [(name, method, seed) for method in methods for seed in range(given.seeds)]
+            curves = dict(zip(jobs, pool.map(_curve, jobs, [best] * len(jobs)), strict=True))
+            mine = {method: [curves[name, method, seed] for seed in range(given.seeds)] for method in methods}
+            runs = [summarise(name, method, mine[method]) for method in methods]
+            if not given.dry:
+                head = {"problem": name, "best_hypervolume": best, "reference": REFERENCE, "seeds": given.seeds}
+                store(f"search_{name}", {**head, "runs": runs})
     if not given.dry:
-        costs = [cost(method) for method in methods if method in METHODS]
-        store("search", {"seeds": given.seeds, "reference": REFERENCE, "runs": runs, "cost": costs})
+        store("search_cost", {"runs": [cost(method) for method in methods if method in METHODS]})
 
 
 def load_problem(name: str) -> Problem:
@@ -109,7 +110,7 @@ def _curve(job: tuple[str, str, int], best: float) -> list[tuple[int, float]]:
     return found
 
 
-def summarise(name: str, method: str, best: float, curves: list[list[tuple[int, float]]]) -> dict[str, Any]:
+def summarise(name: str, method: str, curves: list[list[tuple[int, float]]]) -> dict[str, Any]:
     """Describe one method on one problem."""
     budget = budget_of(name)
     at = [round(budget * (mark + 1) / MARKS) for mark in range(MARKS)]
@@ -121,9 +122,7 @@ def summarise(name: str, method: str, best: float, curves: list[list[tuple[int, 
     end = f"{means[-1]:.3f} ± {half[-1]:.3f}"
     print(f"{name:12} {method:20} {end}, to {ENOUGH:.0%}: {median} steps, {len(known)} of {len(curves)}")
     return {
-        "problem": name,
         "method": method,
-        "best_hypervolume": best,
         "steps": at,
         "mean": means.tolist(),
         "half_interval": half.tolist(),

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 from problems import STEPS, Config, Measured, Problem
+
+from deft_ray.spec.yaml_tree import parse
 
 HERE = Path(__file__).parent
 SPEC, TABLE = HERE / "nano_trials.yaml", HERE / "nano_trials.parquet"
@@ -22,7 +23,7 @@ Key = tuple[Any, ...]
 
 def load_table() -> Problem:
     """Return the table as a problem."""
-    tree = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
+    tree, _, _ = parse(SPEC.read_text(encoding="utf-8"))
     rows = pq.read_table(TABLE).to_pylist()
     found = {(key_of(row), row["baseline"], row["step"]): (row["score"], row["density"]) for row in rows}
 

@@ -57,7 +57,7 @@ def test_the_recorded_table_is_every_combination_of_its_spec(benchmark: Any) -> 
     import table
 
     problem, rows = table.load_table(), table.pq.read_table(table.TABLE).to_pylist()
-    points = grid(simulate.build_spec(problem, 0, 1, sampler="grid"))
+    points = grid(simulate.build_spec(problem, 0, 1))
     assert len(points) == 210
     whole = {**problem.without_loss(), **points[0]}
     for point in points:
