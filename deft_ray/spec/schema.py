@@ -159,7 +159,7 @@ class SearchSection(Section):
 
     trials: Annotated[int, Field(ge=0)] = 8
     scope: Literal["per-task", "shared"] = "per-task"
-    sampler: Literal["mo_tpe", "tpe", "nsga2", "gp", "random", "grid"] = "tpe"
+    sampler: Literal["mo_tpe", "tpe", "nsga2", "gp", "random", "grid"] = "mo_tpe"
     startup_trials: Positive = 10
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]

@@ -58,7 +58,7 @@ def _try_first(view: View) -> Iterator[Fault]:
 
 
 def _warm_start(view: View) -> Iterator[Fault]:
-    sampler = view.get("search.sampler", "tpe")
+    sampler = view.get("search.sampler", "mo_tpe")
     if view.get("search.warm_start") and sampler in ("grid", "random"):
         message = f"means nothing to the {sampler} sampler, which learns from no point; leave it out"
         yield ("search", "warm_start"), message
@@ -93,7 +93,7 @@ def _grid(view: View) -> Iterator[Fault]:
     if size > _LARGEST_GRID:
         yield (
             ("search", "sampler"),
-            f"a grid has at most {_LARGEST_GRID:,} points (got {size:,}); take 'random' or 'tpe'",
+            f"a grid has at most {_LARGEST_GRID:,} points (got {size:,}); take 'random' or 'mo_tpe'",
         )
 
 

@@ -554,7 +554,7 @@ def test_a_grid_that_nobody_would_list_is_refused() -> None:
         baseline={"adapter.r": 1, "adapter.lora_alpha": 1.0, "train.steps": 1},
         search={"sampler": "grid"},
     )
-    what = "a grid has at most 100,000 points (got 160,000); take 'random' or 'tpe'"
+    what = "a grid has at most 100,000 points (got 160,000); take 'random' or 'mo_tpe'"
     assert found == [(("search", "sampler"), what)]
 
 
