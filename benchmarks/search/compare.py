@@ -98,14 +98,17 @@ def _curve(job: tuple[str, str, int], best: float) -> list[tuple[int, float]]:
     """One run: steps, and the share of the best known hypervolume since then, where it grew."""
     name, method, seed = job
     found, values, reached = [(0, 0.0)], np.empty((0, 2)), 0.0
-    for ended in run(load_problem(name), method, seed, budget_of(name)):
+    problem, budget = load_problem(name), budget_of(name)
+    for ended in run(problem, method, seed, budget):
+        if ended.steps > budget:
+            break
         if ended.feasible:
             values = np.vstack([values, [-ended.score, ended.density]])
             share = float(moocore.hypervolume(values, ref=[-REFERENCE[0], REFERENCE[1]])) / best
             if share > reached:
                 reached = share
                 found.append((ended.steps, share))
-        if reached >= 1.0 - 1e-9:
+        if problem.finite is not None and reached >= 1.0 - 1e-9:
             break  # there is no more to find
     return found
 
@@ -144,7 +147,7 @@ def cost(method: str) -> dict[str, Any]:
 def run(problem: Problem, method: str, seed: int, budget: int) -> Iterator[Ended]:
     """One run of a method."""
     if method in RIVALS:
-        return run_rival(problem, RIVALS[method](problem, seed), budget)
+        return run_rival(problem, RIVALS[method](problem, seed), seed, budget)
     trials = 10 * budget // STEPS  # more than the budget pays for: the first rung is a ninth of a trial
     return simulate(problem, build_spec(problem, seed, trials, **METHODS[method]), budget)
 

@@ -81,16 +81,17 @@ def page(result: dict[str, Any], by_problem: dict[str, Runs], cost: list[dict[st
 
 def table(runs: Runs, seeds: int) -> list[str]:
     """Return one problem's table, methods by their steps to enough, then by what they reached."""
-    budget = next(iter(runs.values()))["steps"][-1]
+    steps = next(iter(runs.values()))["steps"]
+    budget = steps[-1]
+    early = next(place for place, step in enumerate(steps) if step >= budget // 8)
     lines = [
-        f"| method | at {budget // 8:,} steps | at {budget:,} steps | to 95 % | of random's | of tpe's |",
+        f"| method | at {steps[early]:,} steps | at {budget:,} steps | to 95 % | of random's | of tpe's |",
         "|---|---|---|---|---|---|",
     ]
     to_enough = {name: run["median_steps_to_enough"] for name, run in runs.items()}
     ordered = sorted(runs, key=lambda name: (to_enough[name] or float("inf"), -runs[name]["mean"][-1]))
     for name in ordered:
         run, mine = runs[name], to_enough[name]
-        early = next(place for place, steps in enumerate(run["steps"]) if steps >= budget // 8)
         reached = sum(steps is not None for steps in run["steps_to_enough"])
         cells = [f"{run['mean'][place]:.3f} ± {run['half_interval'][place]:.3f}" for place in (early, -1)]
         cells.append(f"{mine:,.0f} ({reached} of {seeds})" if mine is not None else f"not ({reached} of {seeds})")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from problems import STEPS, Problem
-from simulate import Ended
+from simulate import Ended, limit_of
 
 #: Steps at which successive halving looks at a trial.
 RUNGS = (9, 27)
@@ -100,12 +100,11 @@ RIVALS: dict[str, Callable[[Problem, int], Rival]] = {
 }
 
 
-def run_rival(problem: Problem, rival: Rival, budget: int, workers: int = 4) -> Iterator[Ended]:
+def run_rival(problem: Problem, rival: Rival, seed: int, budget: int, workers: int = 4) -> Iterator[Ended]:
     """Run a rival as :func:`simulate.simulate` runs ours, the baseline first; yields its trials as they end."""
     base = problem.without_loss()
-    score, density = problem.measure(base, STEPS, 0)
-    limit, spent, clock, number = score - problem.max_score_drop, STEPS, STEPS, 0
-    yield Ended(spent, score, density, True)
+    limit, spent, clock, number = limit_of(problem), STEPS, STEPS, 0
+    yield Ended(spent, *problem.truth(base, STEPS), True)
     running: list[tuple[int, int, int, dict[str, Any]]] = []
     while True:
         while len(running) < workers and spent < budget:
@@ -114,7 +113,7 @@ def run_rival(problem: Problem, rival: Rival, budget: int, workers: int = 4) -> 
         if not running:
             return
         clock, mine, step, config = heapq.heappop(running)
-        score, density = problem.measure(config, step, 0)
+        score, density = problem.measure(config, step, seed)
         if step < STEPS and rival.goes_on(mine, step, score, density):
             later = min(rung for rung in (*RUNGS, STEPS) if rung > step)
             heapq.heappush(running, (clock + later - step, mine, later, config))
@@ -122,7 +121,8 @@ def run_rival(problem: Problem, rival: Rival, budget: int, workers: int = 4) -> 
         spent += step
         if step == STEPS:
             rival.tell(mine, score, density)
-        yield Ended(spent, score, density, step == STEPS and score >= limit - 1e-9)
+        worth = problem.truth(config, step)
+        yield Ended(spent, *worth, step == STEPS and worth[0] >= limit)
 
 
 def _domains(problem: Problem) -> dict[str, tuple[str, list[Any]]]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from problems import STEPS, Problem
 
 from deft_ray.results.records import Record
@@ -30,9 +29,9 @@ class Ended:
 
     Args:
         steps: Training steps of the whole sweep until then.
-        score: Its score.
-        density: Its density.
-        feasible: Whether it is complete and within the score limit.
+        score: Its score, without the noise that the search sees.
+        density: Its density, likewise.
+        feasible: Whether it is complete and, by its score without noise, within the limit.
     """
 
     steps: int
@@ -50,7 +49,7 @@ def build_spec(problem: Problem, seed: int, trials: int, **search: Any) -> Sweep
             "deft": problem.deft,
             "train": {"steps": STEPS, **problem.train},
             "baseline": problem.baseline,
-            "search": {"trials": trials, "seed": seed, **search},
+            "search": {"trials": trials, "seed": seed, "seeds": [seed], **search},
             "constraint": {"max_score_drop": problem.max_score_drop},
         }
     )
@@ -71,7 +70,8 @@ def simulate(problem: Problem, spec: SweepSpec, budget: int, workers: int = 4) -
     with tempfile.TemporaryDirectory() as folder:
         schedule = Schedule(spec, Path(folder), [])
         rungs = build_rungs(spec, Path(folder), asha_lets_on)
-        clock, spent, limit, running = 0, 0, -np.inf, list[tuple[int, int, TrialSpec, list[tuple[int, int | None]]]]()
+        limit = limit_of(problem)
+        clock, spent, running = 0, 0, list[tuple[int, int, TrialSpec, list[tuple[int, int | None]]]]()
         order = 0
         while True:
             while len(running) < workers and spent < budget and isinstance(trial := schedule.next(), TrialSpec):
@@ -89,10 +89,14 @@ def simulate(problem: Problem, spec: SweepSpec, budget: int, workers: int = 4) -
                 continue
             spent += step
             status = "diverged" if lost else "complete" if rung is None else "pruned"
-            if trial.baseline:
-                limit = score - problem.max_score_drop
-            yield Ended(spent, score, density, status == "complete" and score >= limit - 1e-9)
+            worth = problem.truth(trial.flat(), step)
+            yield Ended(spent, *worth, status == "complete" and worth[0] >= limit)
             schedule.ended(_record(trial, step, score, density, status))
+
+
+def limit_of(problem: Problem) -> float:
+    """Return the least score that is feasible."""
+    return problem.truth(problem.without_loss(), STEPS)[0] - problem.max_score_drop - 1e-9
 
 
 def _goes_on(rungs: Any, trial: TrialSpec, rung: int, step: int, score: float, density: float) -> bool:

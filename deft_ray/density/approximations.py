@@ -75,7 +75,7 @@ class L0:
 
     def fill_slope(self, act: Tensor, out: Tensor) -> float:
         """Write s'(a) / c into ``out`` (float32, as ``act``), return the constant c."""
-        torch.addcmul(torch.full((), self.epsilon, device=act.device), act, act, out=out).square_()
+        torch.addcmul(torch.full((), self.epsilon, dtype=torch.float32, device=act.device), act, act, out=out).square_()
         torch.div(act, out, out=out)
         return 2.0 * self.epsilon
 

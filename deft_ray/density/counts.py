@@ -45,7 +45,7 @@ def count_row(act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None = None) 
     there_N = torch.ones_like(mask_N) if there_BT is None else there_BT.reshape(-1).to(torch.float64)
     require_rows(act_NF, mask_N)
     require_rows(act_NF, there_N)
-    counts_KN = torch.empty(1 + len(TAUS), act_NF.shape[0], device=act_NF.device)
+    counts_KN = torch.empty(1 + len(TAUS), act_NF.shape[0], dtype=torch.float32, device=act_NF.device)
     buffers: tuple[Tensor, Tensor] | None = None
     for part in chunks(act_NF):
         act = act_NF[part].float()

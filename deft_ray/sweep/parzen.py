@@ -52,7 +52,11 @@ class Space:
         return np.array([axis.encode(point[name]) if name in point else math.nan for name, axis in pairs])
 
     def draw(
-        self, good: Sequence[np.ndarray], others: Sequence[np.ndarray], dice: np.random.Generator
+        self,
+        good: Sequence[np.ndarray],
+        others: Sequence[np.ndarray],
+        dice: np.random.Generator,
+        known: Sequence[np.ndarray] = (),
     ) -> dict[str, Scalar]:
         """Draw a point.
 
@@ -60,15 +64,18 @@ class Space:
             good: Rows of points to draw near to.
             others: Rows of points to keep away from: worse ones, and those that are being tried.
             dice: Source of randomness.
+            known: Rows of further points that are not to be drawn again.
         """
+        if not self._axes:
+            return {}
         likely, unlikely = _Mixture(self._axes, good), _Mixture(self._axes, others)
-        known = {row.tobytes() for row in (*good, *others)}
+        drawn = {row.tobytes() for row in (*good, *others, *known)}
         found: dict[str, Scalar] = {}
         for round_ in range(_ROUNDS):
             source = likely if round_ < _ROUNDS // 2 else _Mixture(self._axes, [])
             points = [self._decode(row) for row in source.draw(CANDIDATES, dice)]
             rows = [self.encode(point) for point in points]
-            new = [place for place, row in enumerate(rows) if row.tobytes() not in known]
+            new = [place for place, row in enumerate(rows) if row.tobytes() not in drawn]
             asked = new or list(range(CANDIDATES))
             rows_C = np.array([rows[place] for place in asked])
             best = int(np.argmax(likely.log_density(rows_C) - unlikely.log_density(rows_C)))
@@ -120,7 +127,7 @@ class _Axis:
         number, (low, high) = self._low + place * (self._high - self._low), self.domain.args
         if self.domain.kind == "randint":
             return min(int(high), math.floor(number))
-        number = math.exp(number) if self.domain.kind == "loguniform" else number
+        number = math.exp(number) if self.domain.kind == "loguniform" else float(number)
         return min(float(high), max(float(low), number))
 
 

@@ -25,6 +25,9 @@ from deft_ray.results.points import is_feasible
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.order import best_first
 
+#: Name of the journal.
+JOURNAL = "rungs.jsonl"
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -117,6 +120,31 @@ class Rungs:
             os.fsync(file.fileno())
 
 
+class Arrivals:
+    """What the journal says of trials, read as it grows.
+
+    Args:
+        journal: File of the arrivals; there need be none.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._journal, self._read = journal, 0
+        self._last: dict[str, Arrival] = {}
+
+    def last(self, trial: str) -> Arrival | None:
+        """Return a trial's last arrival."""
+        if self._journal.is_file():
+            with self._journal.open("rb") as file:
+                file.seek(self._read)
+                content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            self._read += len(whole)
+            for line in whole.decode("utf-8").splitlines():
+                arrival = Arrival(**json.loads(line))
+                self._last[arrival.trial] = arrival
+        return self._last.get(trial)
+
+
 def _whole_lines(journal: Path) -> list[str]:
     """Lines of a journal; what a killed process left without its end is cut off, as nobody has acted on it."""
     if not journal.is_file():
@@ -145,4 +173,4 @@ def build_rungs(spec: SweepSpec, folder: Path, single: Decide) -> Rungs | None:
     if spec.search.scheduler == "none":
         return None
     decide = single if spec.search.scheduler == "asha" else is_among_the_best
-    return Rungs(spec.search.reduction_factor, spec.constraint.max_score_drop, folder / "rungs.jsonl", decide)
+    return Rungs(spec.search.reduction_factor, spec.constraint.max_score_drop, folder / JOURNAL, decide)

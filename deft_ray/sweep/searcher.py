@@ -31,6 +31,7 @@ from deft_ray.spec.resolve import is_read, judged_at
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.order import best_first
 from deft_ray.sweep.parzen import Space
+from deft_ray.sweep.rungs import JOURNAL, Arrivals
 
 optuna.logging.set_verbosity(logging.ERROR)
 
@@ -74,6 +75,7 @@ class TaskSearch:
         self.spec, self.task, self._first = spec, task, len(known)
         self._space = Space({dotted: spec.space[dotted] for dotted in deciding_first(spec)}, partial(is_read, spec))
         self._rows: dict[int, np.ndarray] = {}
+        self._arrivals = Arrivals(folder / JOURNAL)
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -102,9 +104,7 @@ class TaskSearch:
                 return dict(trial.params)
             mine = self.spec.search.sampler == "mo_tpe"
             again = self._draw(known[:place], number) if mine else self._suggest_all(self._view(known[:place]).ask())
-            values = {**again, **trial.params}
-            self._complete(trial, values)  # killed while it was asked
-            return values
+            return self._complete(trial, {**again, **trial.params})  # killed while it was asked
         if place == len(known):
             if self.spec.search.sampler == "gp":
                 self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
@@ -128,13 +128,16 @@ class TaskSearch:
         self._complete(self._study.get_trials(deepcopy=False)[place], sample)
         self._tell(place, results, baselines)
 
-    def _complete(self, trial: FrozenTrial, values: Mapping[str, Scalar]) -> None:
-        """Give a trial of the study that has not ended the values that it lacks."""
+    def _complete(self, trial: FrozenTrial, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Give a trial of the study that has not ended the values that it lacks; returns what it has then.
+
+        What the trial was enqueued with comes before ``values``.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             fixed = optuna.samplers.PartialFixedSampler(dict(values), optuna.samplers.RandomSampler(seed=0))
         self._study.sampler = fixed
-        self._suggest_all(Trial(self._study, trial._trial_id))
+        return self._suggest_all(Trial(self._study, trial._trial_id))
 
     def asked(self, number: int) -> bool:
         """Whether a point was asked for, in this process or before."""
@@ -174,9 +177,10 @@ class TaskSearch:
         """Draw a point by the order in which successive halving sees what was told; at random while that is little."""
         telling = [trial for trial in known if trial.user_attrs.get("ending") in _TELLING]
         dice = np.random.default_rng(_seed(self.spec, f"{self.task} {number}"))
+        known_rows = [self._row(trial) for trial in known if trial.state != TrialState.WAITING]
         if len(telling) < self.spec.search.startup_trials:
-            return self._space.draw([], [], dice)
-        best = islice(_best_first(telling, self.spec.constraint.max_score_drop), math.ceil(_GOOD * len(telling)))
+            return self._space.draw([], [], dice, known_rows)
+        best = islice(_best_first(telling), math.ceil(_GOOD * len(telling)))
         good = {trial.number for trial in best}
         under_way = [trial for trial in known if not trial.state.is_finished()]
         rows = {trial.number: self._row(trial) for trial in (*telling, *under_way)}
@@ -184,6 +188,7 @@ class TaskSearch:
             [row for place, row in rows.items() if place in good],
             [row for place, row in rows.items() if place not in good],
             dice,
+            known_rows,
         )
 
     def _row(self, trial: FrozenTrial) -> np.ndarray:
@@ -225,7 +230,11 @@ class TaskSearch:
         trial.set_user_attr("ending", ending.value)
         trial.set_user_attr("steps", max((record.steps for record in results), default=0))
         if ending is Ending.PRUNED and (reached := _means(results, baselines, tau)) is not None:
-            trial.set_user_attr("reached", list(reached))
+            pruned = [self._arrivals.last(record.trial) for record in results if record.status == "pruned"]
+            arrivals = [arrival for arrival in pruned if arrival is not None]
+            rung = min((arrival.rung for arrival in arrivals), default=-1)
+            missed = max((arrival.missed for arrival in arrivals), default=0.0)
+            trial.set_user_attr("pruned_at", {"rung": rung, "missed": missed, "values": list(reached)})
         missed = -values[0] - limit if ending is Ending.INFEASIBLE and values is not None and limit is not None else 0.0
         trial.set_constraint(_SCORE_LIMIT, missed)
         trial.set_constraint(_NUMBERS, 1.0 if ending is Ending.DIVERGED else 0.0)
@@ -294,22 +303,25 @@ class _Told:
     missed: float
 
 
-def _best_first(trials: Sequence[FrozenTrial], max_score_drop: float | None) -> Iterator[FrozenTrial]:
+def _best_first(trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
     """Yield told trials, best first: by how far they came, and of those that came as far by score, density and limit.
 
-    Those that were pruned at a rung were the worse ones there. Diverged ones come last.
+    Those that were pruned at a rung were the worse ones there; with several seeds the first rung at which one was
+    counts. Diverged ones come last.
     """
     stages: dict[float, list[_Told]] = {}
     lost = []
     for trial in trials:
-        ending = trial.user_attrs["ending"]
-        values = trial.user_attrs.get("reached") if ending == Ending.PRUNED else trial.values
-        if values is None:
+        pruned, values = trial.user_attrs.get("pruned_at"), trial.values
+        if pruned is not None:
+            score, density = pruned["values"]
+            stages.setdefault(pruned["rung"], []).append(_Told(trial, score, density, pruned["missed"]))
+        elif values is not None:
+            missed = max(0.0, trial.constraints.get(_SCORE_LIMIT, 0.0))
+            score, density = values
+            stages.setdefault(math.inf, []).append(_Told(trial, score, density, missed))
+        else:
             lost.append(trial)
-            continue
-        missed = -values[0] - max_score_drop if ending == Ending.INFEASIBLE and max_score_drop is not None else 0.0
-        stage = trial.user_attrs["steps"] if ending == Ending.PRUNED else math.inf
-        stages.setdefault(stage, []).append(_Told(trial, values[0], values[1], missed))
     for stage in sorted(stages, reverse=True):
         yield from (stages[stage][place].trial for place in best_first(stages[stage]))
     yield from lost

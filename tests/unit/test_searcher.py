@@ -19,8 +19,9 @@ from deft_ray.spec.points import grid
 from deft_ray.spec.resolve import resolve_trial
 from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
+from deft_ray.sweep.rungs import JOURNAL, Rungs
 from deft_ray.sweep.schedule import Schedule
-from deft_ray.sweep.searcher import TaskSearch, changes
+from deft_ray.sweep.searcher import TaskSearch, _best_first, changes
 from deft_ray.sweep.tuning import RungScheduler
 from tests import searches
 from tests.tiny import tiny_trial
@@ -142,6 +143,40 @@ def test_an_ask_that_was_cut_short_is_taken_up(
     assert again.point(told_before + 1).keys() == whole.keys()
 
 
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "random", "grid"])
+def test_a_point_of_the_queue_that_was_cut_short_is_the_one_of_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """Killed after the first leaf of a point that was not sampled; another was told before it is asked again."""
+    tree: dict[str, Any] = {
+        "approximation": {"choice": ["l0", "sigmoid"]},
+        "alpha": {"choice": [0.1, 0.2, 0.3]},
+        "epsilon": {"choice": [1e-7, 1e-6]},
+        "beta": {"choice": [5.0, 20.0]},
+    }
+    first = [{"deft.approximation": "sigmoid", "deft.alpha": alpha, "deft.beta": 5.0} for alpha in (0.2, 0.3)]
+    spec = make_spec(tree, sampler=sampler, **({"trials": 8} if sampler == "grid" else {"try_first": first}))
+    want = grid(spec)[:2] if sampler == "grid" else first
+    search = TaskSearch(spec, TASK, tmp_path)
+    assert search.point(0) == want[0]
+    suggest, calls = optuna.Trial.suggest_categorical, list[str]()
+
+    def dies(trial: optuna.Trial, name: str, choices: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return suggest(trial, name, choices)
+
+    monkeypatch.setattr(optuna.Trial, "suggest_categorical", dies)
+    with pytest.raises(KeyboardInterrupt):
+        search.point(1)
+    monkeypatch.undo()
+    again = TaskSearch(spec, TASK, tmp_path)
+    again.tell(0, [record()], [BASELINE])
+    assert again.point(1) == want[1]
+    assert told(tmp_path)[1].params == want[1]
+
+
 def test_points_that_were_not_all_noted_down_are_noted_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,10 +243,80 @@ def test_each_ending_is_told_as_what_it_is(
     (trial,) = told(tmp_path)
 
     assert trial.state == state
-    reached = {"reached": pytest.approx([-0.3, 0.5])} if ending == "pruned" else {}
-    assert trial.user_attrs == {"ending": ending, "steps": 7, **reached}
+    pruned = trial.user_attrs.pop("pruned_at", None)
+    assert trial.user_attrs == {"ending": ending, "steps": 7}
+    assert (pruned is not None) == (ending == "pruned")
     assert sum(max(0.0, value) for value in trial.constraints.values()) == pytest.approx(broken)
     assert (None if trial.values is None else pytest.approx(trial.values)) == values
+
+
+def test_a_pruned_point_is_told_at_its_rung_with_what_it_missed_there(tmp_path: Path) -> None:
+    rungs = Rungs(3.0, 0.05, tmp_path / JOURNAL)
+    rungs.arrive(task=TASK, trial="b", seed=0, baseline=True, rung=0, step=9, score=0.6, density=0.9)
+    for trial, rung, score in (("t1", 0, 0.4), ("t2", 0, 0.58), ("t2", 1, 0.7)):
+        rungs.arrive(task=TASK, trial=trial, seed=0, baseline=False, rung=rung, step=9, score=score, density=0.1)
+    search = TaskSearch(make_spec(limit=0.05), TASK, tmp_path)
+    search.point(0)
+    search.tell(0, [record("pruned", score=0.4, density=0.1, trial="t1")], [BASELINE])
+    search.point(1)
+    search.tell(
+        1, [record("pruned", score=s, density=0.1, trial=t) for t, s in (("t1", 0.4), ("t2", 0.7))], [BASELINE] * 2
+    )
+    search.point(2)
+    search.tell(2, [record("pruned", score=0.7, density=0.1, trial="t2")], [BASELINE])
+    first, both, second = (trial.user_attrs["pruned_at"] for trial in told(tmp_path))
+    assert first == {"rung": 0, "missed": pytest.approx(0.15), "values": pytest.approx([-0.5, 0.1])}
+    assert second == {"rung": 1, "missed": 0.0, "values": pytest.approx([-0.2, 0.1])}
+    assert (both["rung"], both["missed"]) == (0, pytest.approx(0.15)), "several seeds: the first rung, the worst miss"
+
+
+def test_what_was_stopped_early_is_ranked_as_the_rungs_saw_it(tmp_path: Path) -> None:
+    """Further before less far; of those that came as far the feasible ones first; what diverged last."""
+    rungs = Rungs(3.0, 0.05, tmp_path / JOURNAL)
+    rungs.arrive(task=TASK, trial="b", seed=0, baseline=True, rung=0, step=9, score=0.6, density=0.9)
+    search, ends = TaskSearch(make_spec(limit=0.05), TASK, tmp_path), list[Record]()
+    for number, (status, rung, score, density) in enumerate(
+        [
+            ("pruned", 0, 0.3, 0.01),  # collapsed
+            ("pruned", 0, 0.6, 0.5),
+            ("diverged", 0, None, None),
+            ("pruned", 1, 0.6, 0.8),
+            ("complete", None, 0.7, 0.01),  # infeasible
+            ("complete", None, 0.9, 0.6),
+        ]
+    ):
+        named = {"task": TASK, "trial": f"t{number}", "seed": 0, "baseline": False}
+        for below in range(rung + 1 if rung is not None and score is not None else 0):
+            rungs.arrive(**named, rung=below, step=9, score=score, density=density)
+        ends.append(record(status, score=score, density=density, trial=f"t{number}"))
+        search.point(number)
+        search.tell(number, [ends[-1]], [BASELINE])
+    assert [trial.number for trial in _best_first(told(tmp_path))] == [5, 4, 3, 1, 0, 2]
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped", "complete"])
+def test_no_point_of_a_finite_space_is_asked_twice(tmp_path: Path, status: str) -> None:
+    """Neither while points are drawn at random, nor when one failed, nor while others are under way."""
+    deft = {"alpha": {"choice": [0.1, 0.2, 0.4, 0.8, 1.6]}, "epsilon": {"choice": [1e-7, 1e-6, 1e-5, 1e-4]}}
+    spec = make_spec(deft, sampler="mo_tpe", try_first=[{"deft.alpha": 0.4, "deft.epsilon": 1e-5}])
+    search, asked = TaskSearch(spec, TASK, tmp_path), list[tuple[Any, ...]]()
+    for number in range(20):
+        values = search.point(number)
+        asked.append(tuple(values.values()))
+        if number >= 2:
+            alpha = float(dict(search.point(number - 2))["deft.alpha"])
+            fails = alpha > 0.3 and status != "complete"
+            end = record(status) if fails else record(density=1.0 - alpha / 2)
+            search.tell(number - 2, [end], [BASELINE])
+    assert len(set(asked)) == 20
+    assert search.point(20), "then one of them again"
+
+
+def test_without_anything_to_search_every_point_is_the_same(tmp_path: Path) -> None:
+    search = TaskSearch(make_spec({"alpha": 1.0}, sampler="mo_tpe"), TASK, tmp_path)
+    for number in range(8):
+        assert search.point(number) == {}
+        search.tell(number, [record()], [BASELINE])
 
 
 def test_of_several_seeds_the_worst_ending_counts(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_rival_has_the_same_budget_and_measures(benchmark: Any) -> None:
         def tell(self, number: int, *_: float) -> None:
             assert number % 2 == 0
 
-    ended = list(rivals.run_rival(problems["smooth"], Halves(), 20 * 81))
+    ended = list(rivals.run_rival(problems["smooth"], Halves(), 0, 20 * 81))
     costs = np.diff([0, *(one.steps for one in ended)])
     assert costs[0] == 81, "the baseline"
     assert sorted(set(costs)) == [9, 81]
