@@ -185,7 +185,7 @@ class PublishedAdapter:
         model: Public name.
         settings: Leaves of ``adapter``.
         percent_printed: As it stands in the paper.
-        percent_here: What such an adapter, and two classes on an encoder's head, come to here.
+        percent_here: What such an adapter, and two classes on an encoder's or decoder's head (ten on ViT's), come to.
         met: ``truncated`` or ``rounded`` to the printed digits, or why it is not met.
     """
 
@@ -222,6 +222,11 @@ PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
     PublishedAdapter("flan-t5-base", _lora(16, "all-linear"), "2.67", 2.66667, "rounded"),
     PublishedAdapter("flan-t5-xl", _bottleneck(16), "0.87", 0.87896, "truncated"),
     PublishedAdapter("flan-t5-xl", _lora(16, "all-linear"), "1.99", 1.22661, "two 4-bit weights are counted as one"),
+    PublishedAdapter("flan-t5-xxl", _lora(16, "all-linear"), "1.04", 0.63161, "two 4-bit weights are counted as one"),
+    PublishedAdapter("gpt2", _bottleneck(8), "1.87", 1.41131, "the head has two layers"),
+    PublishedAdapter("opt-125m", _lora(8, ["q_proj", "v_proj"]), "0.24", 0.23615, "rounded"),
+    PublishedAdapter("opt-350m", _lora(8, ["q_proj", "v_proj"]), "0.24", 0.2372, "rounded"),
+    PublishedAdapter("vit-base-patch16-224-in21k", _bottleneck(8), "2.04", 2.04088, "truncated"),
 )
 
 #: Families with an encoder and a decoder, which answer in words: they choose among a task's answers, or write one.

@@ -125,6 +125,18 @@ def test_a_wrong_family_is_named(tiny_models: dict[str, Path], name: str, family
         find_sites(model, FAMILIES[family])
 
 
+@pytest.mark.parametrize(("name", "family"), [("t5", "t5"), ("bert", "bert"), ("opt", "opt"), ("gpt2", "gpt2")])
+def test_a_block_that_is_built_otherwise_is_missed(tiny_models: dict[str, Path], name: str, family: str) -> None:
+    model = load(tiny_models, name)
+    sites = find_sites(model, FAMILIES[family])
+    inside, _, activation = FAMILIES[family].activation.rpartition(".")
+    holder = sites[1].block.get_submodule(inside)
+    setattr(holder, f"{activation}_renamed", getattr(holder, activation))
+    delattr(holder, activation)
+    with pytest.raises(ValueError, match=f"^found {len(sites) - 1} MLP activations but {len(sites)} MLP blocks in a "):
+        find_sites(model, FAMILIES[family])
+
+
 @pytest.mark.parametrize("name", [name for name, stacks in STACKS.items() if stacks == 1])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_a_new_head_has_the_asked_size_and_comes_from_the_seed(

@@ -51,6 +51,12 @@ def test_each_is_checked_and_planned(stem: str) -> None:
     assert spec.deft.alpha == 1.0
     assert spec.deft.count_padding
     assert spec.deft.adaptive == stem.startswith("ada_")
+    qlora = stem.endswith("qlora")
+    assert (spec.model.quantization, spec.train.optimizer) == (("nf4", "paged_adamw") if qlora else ("none", "adamw"))
+    assert not qlora or (spec.model.double_quant, spec.model.dtype) == (True, "bfloat16")
+    last = stem.rsplit("_", 1)[-1]
+    kinds = {"qlora": "lora", "adapter": "bottleneck", "approximations": "bottleneck"}
+    assert spec.adapter.kind == kinds.get(last, last)
     relu = stem.startswith(("bert", "t5", "opt"))
     assert spec.deft.approximation == ("tanh" if relu else "l0") or points == 4
     assert (spec.deft.beta if relu else spec.deft.epsilon) == (20.0 if relu else 1e-7)

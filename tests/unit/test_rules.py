@@ -185,6 +185,16 @@ def test_a_family_may_take_some_kinds_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert faults == [(("baseline", "adapter.kind"), fault)]
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2", "vit"])
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_what_reads_its_last_token_or_patches_takes_no_virtual_tokens(family: str, kind: str) -> None:
+    fault = f"the model family '{family}' takes no such adapter (got \"{kind}\"); allowed: lora, bottleneck"
+    task = "cifar10" if family == "vit" else "sst2"
+    model = {"name": "somebody/model", "family": family}
+    found = faults_of(model=model, data={"tasks": [task]}, adapter={"kind": kind})
+    assert (("adapter", "kind"), fault) in found
+
+
 @pytest.mark.parametrize("kind", ["deft", ["lora"], {"a": 1, "b": 2}, 5, None])
 def test_a_kind_that_is_none_is_told_once(kind: Any) -> None:
     faults = faults_of(adapter={"kind": kind, "virtual_tokens": 3})
