@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -174,6 +175,25 @@ def test_injected_gradient_is_that_of_the_built_loss(
     assert_gradients_close(got, want, 2e-6)
 
 
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_whatever_the_block_the_loss_the_shapes_and_the_padding(seed: int) -> None:
+    """All of them drawn together; in every third case a row is nothing but padding, in every seventh a whole side."""
+    dice = random.Random(seed)
+    kind, approximation = dice.choice(KINDS), dice.choice(APPROXIMATIONS)
+    model, inputs, masks = build(seed, kind)
+    if seed % 3 == 0:
+        masks["encoder"][0] = 0
+    if seed % 7 == 0:
+        masks["decoder"][:] = 0
+    weights = {"encoder": dice.choice([0.0, 0.3, 5.0]), "decoder": dice.uniform(0.1, 9.0)}
+
+    want = reference(twin(model), inputs, approximation.kind, weights, masks)
+    recompute = dice.choice(["none", "reentrant", "non-reentrant"])
+    got = probed(twin(model, recompute), inputs, Penalty(approximation, weights, masks))
+
+    assert_gradients_close(got, want, 2e-6)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]])
 def test_a_compiled_model_gets_the_same_gradient_step_after_step(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +358,21 @@ def test_counts_are_numpys(real: float, dtype: torch.dtype) -> None:
         {f"{tau:g}": both[4 + i] / both[1] for i, tau in enumerate(TAUS)} if both[1] else {}
     )
     assert counts.density_layers().keys() == ({"encoder.0", "decoder.0"} if both[1] else set())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_counts_are_numpys_whatever_the_shape_and_dtype(seed: int) -> None:
+    """From one element to several pieces of a layer, strided too, and with rows laid end to end as OPT has them."""
+    dice, noise = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, tokens, width = dice.randint(1, 9), dice.randint(1, 40), dice.choice([1, 7, 64, 2048])
+    act = torch.randn(rows, tokens, 2 * width, generator=noise) * dice.choice([1e-4, 0.01, 1.0])
+    act[torch.rand(act.shape, generator=noise) < dice.random()] = 0.0
+    act = act[..., ::2] if seed % 2 else act[..., :width].contiguous()
+    act = act.to(dice.choice([torch.float32, torch.bfloat16, torch.float64]))
+    mask = (torch.rand(rows, tokens, generator=noise) < dice.choice([0.0, 0.3, 1.0])).long()
+    counts = DensityCounts.empty(["encoder.0"])
+    counts.add(0, act.reshape(-1, width) if seed % 5 == 0 else act, mask)
+    assert counts.rows.tolist() == [numpy_counts(act, mask)]
 
 
 def test_a_nan_counts_as_non_zero_and_above_no_threshold() -> None:
