@@ -87,15 +87,14 @@ def base_of() -> Callable[[TrialSpec], Base]:
     """Gives the base of a trial, loaded once per test module."""
     from deft_ray.models.base import load_base
 
-    loaded: dict[tuple[str, str], Base] = {}
+    loaded: dict[tuple[str, ...], Base] = {}
 
     def get(spec: TrialSpec) -> Base:
         model = spec.model
-        if (model.name, model.quantization) not in loaded:
-            loaded[model.name, model.quantization] = load_base(
-                model.name, str(model.family), quantization=model.quantization
-            )
-        return loaded[model.name, model.quantization]
+        key = (model.name, model.quantization, model.dtype)
+        if key not in loaded:
+            loaded[key] = load_base(model.name, str(model.family), quantization=model.quantization, dtype=model.dtype)
+        return loaded[key]
 
     return get
 

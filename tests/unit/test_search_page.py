@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("name", ["nano", "smooth", "crossing", "conditional"])
+MEASURED = sorted(file.stem.removeprefix("search_") for file in RESULTS.glob("search_*.json"))
+
+
+def test_the_recorded_table_is_measured_and_what_asking_costs() -> None:
+    assert {"nano", "cost"} <= set(MEASURED)
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURED if name != "cost"])
 def test_the_tables_are_what_was_measured(name: str) -> None:
     result = json.loads((RESULTS / f"search_{name}.json").read_text())
     runs = {run["method"]: run for run in result["runs"]}

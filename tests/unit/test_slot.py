@@ -115,6 +115,33 @@ def test_a_step_in_pieces_has_the_gradient_of_the_built_loss(
     assert worst(taken_gradient(slot), want) < 3e-5
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "tolerance"),
+    [("nf4", "float32", 3e-5), ("none", "bfloat16", 0.05), ("nf4", "bfloat16", 0.05)],
+)
+def test_a_quantised_or_half_wide_base_has_the_gradient_of_the_built_loss(
+    trial: Trial, open_slot: Any, quantization: str, dtype: str, tolerance: float, checkpointing: bool
+) -> None:
+    spec = trial(
+        "dry-t5",
+        model__quantization=quantization,
+        model__dtype=dtype,
+        deft__alpha=20.0,
+        deft__epsilon=EPSILON,
+        train__micro_batch_size=3,
+        train__max_grad_norm=0.0,
+        train__gradient_checkpointing=checkpointing,
+    )
+    slot = shaken(open_slot(spec))
+    want, without = built_gradient(slot, 20.0, 20.0), built_gradient(slot, 0.0, 0.0)
+    slot.step()
+
+    got = taken_gradient(slot)
+    assert worst(got, want) < tolerance
+    assert worst(without, want) > 5 * tolerance, "the loss is a good part of it"
+
+
 @pytest.mark.parametrize("padding", ["longest", "max_length"])
 def test_padding_does_not_move_the_gradient(trial: Trial, open_slot: Any, padding: str) -> None:
     spec = trial("dry-t5", deft__alpha=2.0, deft__epsilon=EPSILON, data__padding=padding, train__max_grad_norm=0.0)
@@ -136,11 +163,19 @@ def test_gradient_checkpointing_changes_nothing(trial: Trial, open_slot: Any, na
     assert same(plain, checkpointed)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
-def test_zero_stages_give_the_same_losses(trial: Trial, open_slot: Any, alpha: float) -> None:
+def test_zero_stages_give_the_same_losses(trial: Trial, open_slot: Any, alpha: float, checkpointing: bool) -> None:
     losses, adapters = [], []
     for stage in (0, 1, 2, 3):
-        spec = trial("t5", deft__alpha=alpha, deft__epsilon=EPSILON, train__zero_stage=stage, train__micro_batch_size=3)
+        spec = trial(
+            "t5",
+            deft__alpha=alpha,
+            deft__epsilon=EPSILON,
+            train__zero_stage=stage,
+            train__micro_batch_size=3,
+            train__gradient_checkpointing=checkpointing,
+        )
         slot = open_slot(spec)
         losses.append(run(slot))
         with slot.whole():
