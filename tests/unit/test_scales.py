@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from torch import Tensor
 from deft_ray.density.approximations import L0
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.density.scales import LayerScales
+from deft_ray.models.adapters import Adapter, Bottleneck, Lora, attach_adapter
+from deft_ray.models.base import load_base
+from tests.unit.test_families import inputs_of
 from tests.unit.test_probe import SMOOTH, WIDE, Kind, TwoStacks, assert_gradients_close, build, twin
 
 CPU = torch.device("cpu")
@@ -75,6 +79,38 @@ def test_a_scale_of_zero_is_a_skipped_block() -> None:
             scale.fill_(0.0 if name.endswith(".0") else 1.0)
 
     assert torch.equal(model(*inputs), skipped(*inputs))
+
+
+@pytest.mark.parametrize("adapter", [Lora(4, 8.0, 0.0, "all-linear"), Bottleneck(16)], ids=["lora", "bottleneck"])
+@pytest.mark.parametrize("name", ["t5", "bert", "roberta", "opt", "gpt2", "vit"])
+@torch.no_grad()
+def test_in_every_family_a_scale_of_zero_is_a_block_that_adds_nothing(
+    tiny_models: dict[str, Path], name: str, adapter: Adapter
+) -> None:
+    """Nor does an adapter in it: its last layer and all that the adapter has there are set to zero beside."""
+    base = load_base(str(tiny_models[name]), name)
+    model = attach_adapter(base, adapter, outputs=None if name == "t5" else 3).eval()
+    dice = torch.Generator().manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key or "bottleneck_" in key:
+            parameter.normal_(std=0.3, generator=dice)
+    inputs = inputs_of(name, 3, 7)
+    if name == "t5":
+        inputs["labels"] = torch.full((3, 4), 9)
+    whole = model(**inputs).logits
+    scales = LayerScales(base.sites, init=1.0, noise=0.0, device=CPU)
+    assert torch.equal(model(**inputs).logits, whole), "1 changes nothing"
+    removed = [site for site in base.sites if site.name.endswith(".1")]
+    for site, scale in zip(base.sites, scales.parameters(), strict=True):
+        scale.fill_(0.0 if site in removed else 1.0)
+    scaled = model(**inputs).logits
+    scales.remove()
+
+    for site in removed:
+        for parameter in site.block.get_submodule(site.output).parameters():
+            parameter.zero_()
+    assert torch.equal(scaled, model(**inputs).logits)
+    assert not torch.equal(scaled, whole)
 
 
 def test_a_frozen_block_still_tells_its_lambda_how_dense_it_is() -> None:

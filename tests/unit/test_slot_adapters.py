@@ -84,6 +84,24 @@ def test_training_lowers_the_loss(open_slot: Any, kind: str, name: str, task: st
     assert all(not torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("t5", "mrpc"), ("bert", "rte"), ("roberta", "stsb"), ("opt", "sst2"), ("gpt2", "mrpc"), ("vit", "cifar10")],
+)
+def test_no_training_moves_the_first_density_behind_a_bottleneck(open_slot: Any, name: str, task: str) -> None:
+    """The first block counts the same before and after a training with the loss and without; later ones move."""
+    found = []
+    for steps, alpha in ((1, 0.0), (6, 0.0), (6, 20.0)):
+        leaves = {"train__steps": steps, "train__learning_rate": 0.02, "deft__epsilon": EPSILON}
+        slot = open_slot(name, "bottleneck", task, deft__alpha=alpha, **leaves)
+        run(slot, 0 if steps == 1 else None)
+        found.append(slot.evaluate().counts)
+    first = [counts.rows[0].tolist() for counts in found]
+    assert first[0] == first[1] == first[2]
+    assert first[0][1] > 0
+    assert found[1].rows[1].tolist() != found[2].rows[1].tolist()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_density_loss_is_that_of_real_tokens(open_slot: Any, kind: str, micro: int | None) -> None:
