@@ -73,14 +73,17 @@ def test_without_density_loss_a_trial_is_plain_peft_bit_for_bit(
 # --- the step's gradient ----------------------------------------------------------------------------------------------
 
 
-def built_gradient(slot: Slot, alpha: float, alpha_decoder: float) -> dict[str, Tensor]:
+def built_gradient(
+    slot: Slot, alpha: float, alpha_decoder: float, soft: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Gradient of task loss + α x density of the whole first batch, the density built from collected activations."""
     batch = slot._collate(first_examples(slot))
     with seen_activations(slot) as acts:
         loss = slot.model(**batch.inputs).loss
     for side, weight in (("encoder", alpha), ("decoder", alpha_decoder)):
         mine = [act[batch.masks[side].bool()] for name, (act,) in acts.items() if name.startswith(side)]
-        loss = loss + weight * sum(map(soft_density, mine)) / max(1, len(mine))
+        densities = map(soft_density, mine) if soft is None else (soft(act).mean() for act in mine)
+        loss = loss + weight * sum(densities) / max(1, len(mine))
     return gradient_of(slot, loss)
 
 
@@ -140,6 +143,28 @@ def test_a_quantised_or_half_wide_base_has_the_gradient_of_the_built_loss(
     got = taken_gradient(slot)
     assert worst(got, want) < tolerance
     assert worst(without, want) > 5 * tolerance, "the loss is a good part of it"
+
+
+@pytest.mark.parametrize(
+    ("name", "approximation", "soft"),
+    [
+        ("relu-t5", "tanh", lambda act: torch.tanh(20.0 * act)),
+        ("relu-t5", "sigmoid", lambda act: 2 * torch.sigmoid(20.0 * act.abs()) - 1),
+        ("dry-t5", "sigmoid", lambda act: 2 * torch.sigmoid(20.0 * act.abs()) - 1),
+        ("dry-t5", "l1", torch.abs),
+    ],
+)
+def test_every_approximation_has_the_gradient_of_its_built_loss(
+    trial: Trial, open_slot: Any, name: str, approximation: str, soft: Callable[[Tensor], Tensor]
+) -> None:
+    leaves = {"deft__beta": 20.0} if approximation != "l1" else {}
+    leaves |= {"train__micro_batch_size": 3, "train__max_grad_norm": 0.0, "adapter__lora_dropout": 0.0}
+    slot = shaken(open_slot(trial(name, deft__alpha=5.0, deft__approximation=approximation, **leaves)))
+    slot.model.eval()  # relu-t5 has dropout
+    want, without = built_gradient(slot, 5.0, 5.0, soft), built_gradient(slot, 0.0, 0.0)
+    slot.step()
+    assert worst(taken_gradient(slot), want) < 3e-5
+    assert worst(without, want) > 1e-2
 
 
 @pytest.mark.parametrize("padding", ["longest", "max_length"])

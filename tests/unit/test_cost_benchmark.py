@@ -1,0 +1,36 @@
+"""The benchmark of the density loss: it runs without Ray and DeepSpeed, and nothing is kept for the loss."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+ALONE = """
+import sys
+from pathlib import Path
+sys.modules.update(ray=None, deepspeed=None, mlflow=None)
+sys.path.insert(0, {benchmarks!r})
+import store
+store.RESULTS = Path({folder!r})
+sys.argv = ["benchmarks/density_loss.py", "--shape", "tiny", "--rounds", "1"]
+import density_loss
+density_loss.main()
+"""
+
+
+def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
+    code = ALONE.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+    result = json.loads((tmp_path / "density_loss_tiny_none_float32_cpu.json").read_text())
+    saved = result["saved_for_backward"]
+    for kind in ("none", "non-reentrant", "reentrant"):
+        beyond = saved[kind]["bytes_per_activation_beyond_peft"]
+        assert beyond["deft"] == 0.0, kind
+        assert beyond["fused_deft"] == beyond["fused_peft"], kind
+        assert result["steps"][kind]["over_alpha_0"].keys() == {"deft", "fused_deft", "naive", "naive_float32"}
+    assert saved["none"]["bytes_per_activation_beyond_peft"]["fused_deft"] == -16.0
+    assert result["evaluation"]["counting_over_plain"]["count"] >= 9
