@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,15 +15,16 @@ from deft_ray.spec.schema import TrialSpec
 
 
 def train_plain(
-    folder: Path, sources: list[str], answers: list[str], spec: TrialSpec
+    folder: Path, sources: list[str], answers: list[str], spec: TrialSpec, adapter: PeftConfig | None = None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Fine-tune a T5 with LoRA and a linear schedule without warm-up.
+    """Fine-tune a T5 with an adapter and a linear schedule without warm-up.
 
     Args:
         folder: The pretrained model.
         sources: Training texts.
         answers: Their answers.
         spec: Where the settings come from.
+        adapter: PEFT's own description of the adapter; the LoRA of ``spec`` if None.
 
     Returns:
         The loss of every step, and every trained tensor by its name in the PEFT model.
@@ -41,7 +42,9 @@ def train_plain(
         target_modules=spec.adapter.target_modules,
         task_type=TaskType.SEQ_2_SEQ_LM,
     )
-    peft = get_peft_model(model, config)
+    if train.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    peft = get_peft_model(model, adapter or config)
     peft.train()
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], weight_decay=train.weight_decay)
     order = [

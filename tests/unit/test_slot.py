@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig
 from torch import Tensor
 
 from deft_ray.models.base import load_base
+from deft_ray.models.bottleneck import BottleneckConfig
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot, planned_steps, split_batch
@@ -68,6 +70,40 @@ def test_without_density_loss_a_trial_is_plain_peft_bit_for_bit(
     else:
         assert losses == pytest.approx(want_losses, rel=1e-5)
         assert worst(got, want) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("lora", None),
+        ("bottleneck", BottleneckConfig(target_modules=r".*DenseReluDense\.wo", task_type="SEQ_2_SEQ_LM")),
+        ("prompt", PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5, num_transformer_submodules=1)),
+    ],
+)
+@pytest.mark.parametrize(("stage", "checkpointing"), [(0, False), (0, True), (1, False), (2, False), (3, False)])
+def test_every_adapter_without_density_loss_is_plain_peft(
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], kind: str, adapter: Any, stage: int, checkpointing: bool
+) -> None:
+    """Bit for bit, sharded or not, computed again or not."""
+    leaves = {} if kind != "prompt" else {"adapter__virtual_tokens": 5}
+    spec = trial(
+        "dry-t5",
+        adapter__kind=kind,
+        train__steps=5,
+        train__warmup_share=0.0,
+        train__max_grad_norm=0.0,
+        train__zero_stage=stage,
+        train__gradient_checkpointing=checkpointing,
+        **leaves,
+    )
+    slot = open_slot(spec)
+    losses = run(slot)
+    rows = glue_rows("mrpc", "train", 30)
+    sources, answers = [MRPC.format(**row) for row in rows], [MRPC_LABELS[row["label"]] for row in rows]
+    want_losses, want = train_plain(tiny_models["dry-t5"], sources, answers, spec, adapter)
+    assert losses == want_losses
+    with slot.whole():
+        assert same(weights(slot.model), want)
 
 
 # --- the step's gradient ----------------------------------------------------------------------------------------------
