@@ -176,8 +176,8 @@ class _Run:
         self.clock = _Clock()
         self.evaluated: dict[str, Any] = {}
         self.rungs = rung_steps(self.slot.steps, trial.rungs)
-        self.judged: dict[str, Any] | None = None
-        """The row of the last rung."""
+        self.judged: list[dict[str, Any]] = []
+        """The rows of the rungs so far."""
 
     def to_end(self) -> None:
         self._resume()
@@ -203,8 +203,8 @@ class _Run:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
             self.evaluated, self.judged = latest["evaluated"], latest["judged"]
-            if self.ranks.leads and self.judged is not None:
-                self.inbox.send(self.judged)  # whoever judged it may have been killed before he could act
+            for row in self.judged if self.ranks.leads else ():
+                self.inbox.send(row)  # whoever judges it may have been killed before he could, or before he acted
 
     def _step(self, measure: bool) -> bool:
         """Train one step; True if the trial is to stop. Raises FloatingPointError on every rank if one diverged."""
@@ -238,7 +238,7 @@ class _Run:
         if rung is None:
             self._send("eval", **self.evaluated)
         else:  # it may be the trial's last row, so it has all that a record asks for
-            self.judged = self._send("eval", **self.evaluated, **self._facts(), rung=rung)
+            self.judged.append(self._send("eval", **self.evaluated, **self._facts(), rung=rung))
 
     def _taus(self) -> list[float]:
         """Thresholds of this evaluation: all in the last one, in others those that the scheduler judges by."""

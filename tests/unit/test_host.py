@@ -256,6 +256,19 @@ def test_a_killed_trial_resumes_and_ends_as_the_undisturbed_one(
     assert losses == {row["step"]: row["loss"] for row in calm if row["kind"] == "train"}
 
 
+def test_a_resumed_trial_tells_of_every_rung_again(trial: Trial, serve: Any) -> None:
+    """Killed after its second rung: the scheduler may not have seen the first, and may stop it for that one."""
+    leaves = {"train__steps": 8, "train__checkpoint_every_s": 0.0, "rungs": (0.25, 0.5)}
+    killed = Inbox(trial(**leaves), kill_at=6)
+    with pytest.raises(Killed):
+        serve(killed)
+    rows = serve(Inbox(trial(**leaves)))
+    before = [row for row in killed.rows if row.get("rung") is not None]
+    assert [(row["rung"], row["step"]) for row in before] == [(0, 2), (1, 4)]
+    assert rows[:2] == before
+    assert not any(row.get("rung") is not None for row in rows[2:])
+
+
 def test_a_checkpoint_of_another_configuration_is_not_taken(trial: Trial, serve: Any) -> None:
     with pytest.raises(Killed):
         serve(Inbox(trial(train__checkpoint_every_s=0.0), kill_at=3))
