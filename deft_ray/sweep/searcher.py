@@ -102,17 +102,19 @@ class TaskSearch:
             trial = known[place]
             if trial.state.is_finished() or not self._lacks(trial.params):
                 return dict(trial.params)
-            mine = self.spec.search.sampler == "mo_tpe"
-            again = self._draw(known[:place], number) if mine else self._suggest_all(self._view(known[:place]).ask())
+            again = self._ask_aside(known[:place], number)
             return self._complete(trial, {**again, **trial.params})  # killed while it was asked
-        if place == len(known):
-            if self.spec.search.sampler == "gp":
-                self._study.enqueue_trial(self._suggest_all(self._view(known).ask()))
-            elif self.spec.search.sampler == "mo_tpe":
-                self._study.enqueue_trial(self._draw(known, number))
+        if place == len(known) and self.spec.search.sampler in ("gp", "mo_tpe"):
+            self._study.enqueue_trial(self._ask_aside(known, number))
         asked = self._study.ask()
         assert asked.number == place, f"asked for point {number} of {self.task}, got {asked.number - self._first}"
         return self._suggest_all(asked)
+
+    def _ask_aside(self, known: Sequence[FrozenTrial], number: int) -> dict[str, Scalar]:
+        """Sample a point by these trials, and leave the study as it is."""
+        if self.spec.search.sampler == "mo_tpe":
+            return self._draw(known, number)
+        return self._suggest_all(self._view(known).ask())
 
     def _tell_known(self, place: int, results: list[Record], baselines: list[Record]) -> None:
         """Tell a point that was measured elsewhere, unless the study has it."""

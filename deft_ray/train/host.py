@@ -202,7 +202,7 @@ class _Run:
         if latest is not None:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
-            self.evaluated, self.judged = latest["evaluated"], latest["judged"]
+            self.evaluated, self.judged = latest["evaluated"], latest.get("rung_rows", [])
             for row in self.judged if self.ranks.leads else ():
                 self.inbox.send(row)  # whoever judges it may have been killed before he could, or before he acted
 
@@ -249,7 +249,7 @@ class _Run:
 
     def _save(self) -> None:
         began = time.monotonic()
-        meta = {"clock": vars(self.clock), "evaluated": self.evaluated, "judged": self.judged}
+        meta = {"clock": vars(self.clock), "evaluated": self.evaluated, "rung_rows": self.judged}
         self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
         self.clock.save_s += time.monotonic() - began
 
