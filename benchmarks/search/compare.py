@@ -5,13 +5,15 @@
 Every method has the same budget in training steps, four workers, and the same noise. Writes
 ``results/search_<problem>.json``: means and 95 % intervals of the hypervolume, as a share of the best known one, over
 steps, and the steps that each method takes to 95 % of it; and ``search_cost.json``: what asking, telling and scheduling
-cost per trial when 1,000 are run. ``syne-tune`` has to be installed beside (``pip install --no-deps syne-tune``).
+cost per trial when 1,000 are run. With ``--methods`` the stored rows of the others stay. ``syne-tune`` has to be
+installed beside (``pip install --no-deps syne-tune``).
 ``benchmarks/search/page.py`` makes ``docs/search.md`` of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -29,7 +31,7 @@ from simulate import Ended, build_spec, simulate
 from table import TABLE, load_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from store import store
+from store import RESULTS, store
 
 #: Settings of ``search`` by method.
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,10 +74,20 @@ def main() -> None:
             mine = {method: [curves[name, method, seed] for seed in range(given.seeds)] for method in methods}
             runs = [summarise(name, method, mine[method]) for method in methods]
             if not given.dry:
-                head = {"problem": name, "best_hypervolume": best, "reference": REFERENCE, "seeds": given.seeds}
-                store(f"search_{name}", {**head, "runs": runs})
+                head = {"problem": name, "best_hypervolume": best, "reference": list(REFERENCE), "seeds": given.seeds}
+                store(f"search_{name}", {**head, "runs": _with_others(f"search_{name}", runs, head)})
     if not given.dry:
-        store("search_cost", {"runs": [cost(method) for method in methods if method in METHODS]})
+        runs = [cost(method) for method in methods if method in METHODS]
+        store("search_cost", {"runs": _with_others("search_cost", runs, {})})
+
+
+def _with_others(name: str, runs: list[dict[str, Any]], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put the stored rows of methods that were not run beside these, where they were measured alike; in our order."""
+    file = RESULTS / f"{name}.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    alike = stored and all(stored[key] == value for key, value in head.items())
+    rows = {row["method"]: row for row in [*(stored["runs"] if alike else []), *runs]}
+    return [rows[method] for method in [*METHODS, *RIVALS] if method in rows]
 
 
 def load_problem(name: str) -> Problem:
