@@ -4,8 +4,10 @@
 
 Every method has the same budget in training steps, four workers, and the same noise. Writes
 ``results/search_<problem>.json``: means and 95 % intervals of the hypervolume, as a share of the best known one, over
-steps, and the steps that each method takes to 95 % of it; and ``search_cost.json``: what asking, telling and scheduling
-cost per trial when 1,000 are run. With ``--methods`` the stored rows of the others stay. ``syne-tune`` has to be
+steps, and the steps that each method takes to 95 % of it. The hypervolume is taken twice: ``whole``, with the reference
+point of the product, and ``near``, with the score limit and the baseline's density, where a single good point is not
+nearly all of it. ``search_cost.json`` has what asking, telling and scheduling cost per trial when 1,000 are run.
+ With ``--methods`` the stored rows of the others stay. ``syne-tune`` has to be
 installed beside (``pip install --no-deps syne-tune``).
 ``benchmarks/search/page.py`` makes ``docs/search.md`` of it.
 """
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "tpe, mo_asha": {"sampler": "tpe", "scheduler": "mo_asha"},
     "mo_tpe, mo_asha": {"sampler": "mo_tpe", "scheduler": "mo_asha"},
 }
-REFERENCE = (0.0, 1.0)
+#: Reference point of the hypervolume, (score, density), by what it is called.
+References = dict[str, tuple[float, float]]
+#: Of one run and one reference point: steps, and the share of the best known hypervolume since then, where it grew.
+Curve = list[tuple[int, float]]
 #: Budget in trials of full length; the table has 210 configurations.
 BUDGETS = {"nano": 120}
 BUDGET = 60
@@ -68,13 +74,18 @@ def main() -> None:
     methods = given.methods.split(";")
     with ProcessPoolExecutor(given.processes) as pool:
         for name in given.problems.split(","):
-            best = _best(load_problem(name))
             jobs = [(name, method, seed) for method in methods for seed in range(given.seeds)]
-            curves = dict(zip(jobs, pool.map(_curve, jobs, [best] * len(jobs)), strict=True))
+            curves = dict(zip(jobs, pool.map(_curves, jobs), strict=True))
             mine = {method: [curves[name, method, seed] for seed in range(given.seeds)] for method in methods}
             runs = [summarise(name, method, mine[method]) for method in methods]
             if not given.dry:
-                head = {"problem": name, "best_hypervolume": best, "reference": list(REFERENCE), "seeds": given.seeds}
+                problem = load_problem(name)
+                head = {
+                    "problem": name,
+                    "references": {which: list(point) for which, point in references(problem).items()},
+                    "best_hypervolumes": best_hypervolumes(name),
+                    "seeds": given.seeds,
+                }
                 store(f"search_{name}", {**head, "runs": _with_others(f"search_{name}", runs, head)})
     if not given.dry:
         runs = [cost(method) for method in methods if method in METHODS]
@@ -97,8 +108,23 @@ def load_problem(name: str) -> Problem:
     return next(problem for problem in PROBLEMS if problem.name == name)
 
 
-def _best(problem: Problem) -> float:
-    return float(moocore.hypervolume(best_front(problem) * [-1.0, 1.0], ref=[-REFERENCE[0], REFERENCE[1]]))
+def references(problem: Problem) -> References:
+    """Return the problem's two reference points."""
+    base = problem.truth(problem.without_loss(), STEPS)
+    return {"whole": (0.0, 1.0), "near": (base[0] - problem.max_score_drop - 1e-9, base[1])}
+
+
+@cache
+def best_hypervolumes(name: str) -> dict[str, float]:
+    """Return a problem's best known hypervolume for each reference point."""
+    problem = load_problem(name)
+    front = best_front(problem)
+    return {which: _hypervolume(front, point) for which, point in references(problem).items()}
+
+
+def _hypervolume(values: np.ndarray, reference: tuple[float, float]) -> float:
+    """Of (score, density), (n, 2)."""
+    return float(moocore.hypervolume(values * [-1.0, 1.0], ref=[-reference[0], reference[1]]))
 
 
 def budget_of(name: str) -> int:
@@ -106,40 +132,45 @@ def budget_of(name: str) -> int:
     return BUDGETS.get(name, BUDGET) * STEPS
 
 
-def _curve(job: tuple[str, str, int], best: float) -> list[tuple[int, float]]:
-    """One run: steps, and the share of the best known hypervolume since then, where it grew."""
+def _curves(job: tuple[str, str, int]) -> dict[str, Curve]:
+    """One run, by reference point."""
     name, method, seed = job
-    found, values, reached = [(0, 0.0)], np.empty((0, 2)), 0.0
-    problem, budget = load_problem(name), budget_of(name)
+    problem, budget, values = load_problem(name), budget_of(name), np.empty((0, 2))
+    points, best = references(problem), best_hypervolumes(name)
+    curves: dict[str, Curve] = {which: [(0, 0.0)] for which in points}
     for ended in run(problem, method, seed, budget):
         if ended.steps > budget:
             break
         if ended.feasible:
-            values = np.vstack([values, [-ended.score, ended.density]])
-            share = float(moocore.hypervolume(values, ref=[-REFERENCE[0], REFERENCE[1]])) / best
-            if share > reached:
-                reached = share
-                found.append((ended.steps, share))
-        if problem.finite is not None and reached >= 1.0 - 1e-9:
+            values = np.vstack([values, [ended.score, ended.density]])
+            for which, curve in curves.items():
+                share = _hypervolume(values, points[which]) / best[which]
+                if share > curve[-1][1]:
+                    curve.append((ended.steps, share))
+        if problem.finite is not None and all(curve[-1][1] >= 1.0 - 1e-9 for curve in curves.values()):
             break  # there is no more to find
-    return found
+    return curves
 
 
-def summarise(name: str, method: str, curves: list[list[tuple[int, float]]]) -> dict[str, Any]:
+def summarise(name: str, method: str, curves: list[dict[str, Curve]]) -> dict[str, Any]:
     """Describe one method on one problem."""
     budget = budget_of(name)
     at = [round(budget * (mark + 1) / MARKS) for mark in range(MARKS)]
+    parts = {which: _summarise([curve[which] for curve in curves], at) for which in curves[0]}
+    for which, part in parts.items():
+        end, median = f"{part['mean'][-1]:.3f} ± {part['half_interval'][-1]:.3f}", part["median_steps_to_enough"]
+        known = sum(step is not None for step in part["steps_to_enough"])
+        print(f"{name:12} {method:20} {which:5} {end}, to {ENOUGH:.0%}: {median} steps, {known} of {len(curves)}")
+    return {"method": method, "steps": at, **parts}
+
+
+def _summarise(curves: list[Curve], at: list[int]) -> dict[str, Any]:
     shares = np.array([[max(share for step, share in curve if step <= steps) for steps in at] for curve in curves])
-    means, half = shares.mean(axis=0), 1.96 * shares.std(axis=0, ddof=1) / len(curves) ** 0.5
+    half = 1.96 * shares.std(axis=0, ddof=1) / len(curves) ** 0.5
     reached = [next((step for step, share in curve if share >= ENOUGH), None) for curve in curves]
-    known = sorted(step for step in reached if step is not None)
     median = statistics.median([step if step is not None else np.inf for step in reached])
-    end = f"{means[-1]:.3f} ± {half[-1]:.3f}"
-    print(f"{name:12} {method:20} {end}, to {ENOUGH:.0%}: {median} steps, {len(known)} of {len(curves)}")
     return {
-        "method": method,
-        "steps": at,
-        "mean": means.tolist(),
+        "mean": shares.mean(axis=0).tolist(),
         "half_interval": half.tolist(),
         "median_steps_to_enough": None if np.isinf(median) else median,
         "steps_to_enough": reached,

@@ -69,7 +69,7 @@ def simulate(problem: Problem, spec: SweepSpec, budget: int, workers: int = 4) -
     """
     with tempfile.TemporaryDirectory() as folder:
         schedule = Schedule(spec, Path(folder), [])
-        rungs = build_rungs(spec, Path(folder), asha_lets_on)
+        rungs = build_rungs(spec, Path(folder), asha_lets_on, schedule.baseline_score)
         limit = limit_of(problem)
         clock, spent, running = 0, 0, list[tuple[int, int, TrialSpec, list[tuple[int, int | None]]]]()
         order = 0

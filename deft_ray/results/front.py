@@ -27,7 +27,7 @@ from deft_ray.results.records import Record
 
 CSV_COLUMNS = (
     "task", "trial", "seed", "score", "density", "score_drop", "density_change", "tau", "seeds", "score_std",
-    "density_std", "front_probability", "baseline", "steps", "dtype",
+    "density_std", "front_probability", "drop_low", "drop_high", "p_worse", "baseline", "steps", "dtype",
 )  # fmt: skip
 """Columns that every table of points starts with; the settings that vary follow under their dotted names."""
 

@@ -52,6 +52,10 @@ class Point:
         seeds: How many seeds are in it.
         score_std: Standard deviation of the score over seeds; None for one.
         density_std: The same of the density.
+        drop_low: Lower end of the 95 % interval of the score drop over resampled validation examples, each seed paired
+            with its baseline; None where it was not tested.
+        drop_high: Upper end of the same.
+        p_worse: Level at which that test refuses "the score is worse by more than the limit"; see ``results.paired``.
         front_probability: Probability that its setting stands on the front, if scores and densities scatter about their
             means as they do over seeds; None where no setting of the task has several.
     """
@@ -76,6 +80,9 @@ class Point:
     seeds: int = 1
     score_std: float | None = None
     density_std: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    p_worse: float | None = None
     front_probability: float | None = None
 
     @property

@@ -26,6 +26,7 @@ from deft_ray.results.front import (
     varying,
     write_front_csv,
 )
+from deft_ray.results.paired import with_paired_tests
 from deft_ray.results.points import Point, merge
 from deft_ray.results.records import STATUSES, Record
 
@@ -68,14 +69,14 @@ def write_results(
         RecordsError: If one task was measured in more than one dtype.
     """
     run_dir, records = Path(run_dir), list(records)
-    found = points(records, max_score_drop)
+    found = with_paired_tests(points(records, max_score_drop), records, run_dir, max_score_drop or 0.0)
     fronts = {task: front(_of(found, task)) for task in _tasks(records)}
     written = [write_front_csv(run_dir / "front.csv", fronts, settings=varying(found))]
     written.append(_write_history(run_dir / "hypervolume.csv", records, max_score_drop))
     for task in fronts:
         written += write_figures(run_dir, records, task, max_score_drop, model)
     report = write_report(
-        run_dir, spec_name, records, max_score_drop, stop_reason, extra or {}, tracking_uri=tracking_uri
+        run_dir, spec_name, records, found, max_score_drop, stop_reason, extra or {}, tracking_uri=tracking_uri
     )
     return [*written, report]
 
@@ -108,25 +109,21 @@ def write_figures(
 def write_report(
     run_dir: Path,
     spec_name: str,
-    records: Iterable[Record],
+    records: Sequence[Record],
+    found: Sequence[Point],
     max_score_drop: float | None,
     stop_reason: str,
     extra: Mapping[str, Any],
     *,
     tracking_uri: str = "",
 ) -> Path:
-    """Write ``report.md``; arguments as in :func:`write_results`.
+    """Write ``report.md`` of records and the points that were made of them; the rest as in :func:`write_results`.
 
     Returns:
         The file.
-
-    Raises:
-        RecordsError: If one task was measured in more than one dtype.
     """
-    records = list(records)
-    found = points(records, max_score_drop)
     parts = [_heading(spec_name, records, max_score_drop, stop_reason, extra)]
-    parts += [_task_part(task, _of(found, task), records) for task in _tasks(records)]
+    parts += [_task_part(task, _of(found, task), records, max_score_drop or 0.0) for task in _tasks(records)]
     parts += [_failures(records), _warnings(records), _time_split(records), _files(tracking_uri)]
     return write_text(Path(run_dir) / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
@@ -167,7 +164,7 @@ def _limit(max_score_drop: float | None) -> str:
     return f"a score may be {max_score_drop:g} below the baseline of its task and seed"
 
 
-def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> str:
+def _task_part(task: str, found: Sequence[Point], records: Sequence[Record], limit: float) -> str:
     own = [record for record in records if record.task == task]
     chosen = front(found)
     trained = [point for point in found if not point.tau]
@@ -184,7 +181,7 @@ def _task_part(task: str, found: Sequence[Point], records: Sequence[Record]) -> 
             f"Trials: {len(trained)}, {complete} complete{points_told}, of them {infeasible} infeasible and "
             f"{len(chosen)} on the front; {len(trained) - complete} not complete.{_landmarks(found)}",
             "",
-            _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score"),
+            _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score", limit),
             "",
             f"![Pareto front of {_cell(task)}]({stem}.png)",
             "",
@@ -221,14 +218,16 @@ def _rows_of(found: Sequence[Point], chosen: Sequence[Point]) -> list[Point]:
     return baselines + [point for point in chosen if not point.reference]
 
 
-def _table(rows: Sequence[Point], settings: Sequence[str], metric: str) -> str:
+def _table(rows: Sequence[Point], settings: Sequence[str], metric: str, limit: float) -> str:
     if not rows:
         return "No trial has both a score and a density."
     dialled = ["τ"] if any(point.tau for point in rows) else []
     measured = [f"{metric} ↑", "score drop ↓", "density ↓", "density change ↑", "on front"]
     several = any(point.seeds > 1 for point in rows)
     likely = ["P(front)"] if several else []
-    header = ["trial", "seeds" if several else "seed", *dialled, *measured, *likely, *settings]
+    tested = any(point.p_worse is not None for point in rows)
+    paired = ["drop, 95 % of resamples", f"p(drop > {limit:g})"] if tested else []
+    header = ["trial", "seeds" if several else "seed", *dialled, *measured, *likely, *paired, *settings]
     lines = [_line(header), _line(["---"] * len(header))]
     for point in rows:
         tau = [f"{point.tau:g}" if point.tau else "exact"] if dialled else []
@@ -236,7 +235,7 @@ def _table(rows: Sequence[Point], settings: Sequence[str], metric: str) -> str:
         seed = str(point.seeds if several else point.seed)
         chance = [figures.short(point.front_probability)] if several else []
         varied = [figures.short(point.config.get(name)) for name in settings]
-        lines.append(_line([named, seed, *tau, *cells, *chance, *varied]))
+        lines.append(_line([named, seed, *tau, *cells, *chance, *(_paired_cells(point) if tested else []), *varied]))
     no_baseline = not any(point.reference for point in rows)
     return "\n".join(lines + ["", "No usable baseline: nothing to compare these scores with."] * no_baseline)
 
@@ -250,6 +249,13 @@ def _cells(point: Point) -> list[str]:
         "–" if point.density_change is None else f"{100 * point.density_change:+.1f} %",
         "yes" if point.on_front else "no",
     ]
+
+
+def _paired_cells(point: Point) -> list[str]:
+    """Interval of the score drop over resampled validation examples, and the level of the test against the limit."""
+    if point.drop_low is None or point.drop_high is None or point.p_worse is None:
+        return ["–", "–"]
+    return [f"{point.drop_low:+.4f} … {point.drop_high:+.4f}", f"{point.p_worse:.3f}"]
 
 
 def _plus_minus(std: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from deft_ray.results.across import ALL_TASKS, across_tasks
 from deft_ray.results.front import front, hypervolume, mark, points, varying, write_front_csv
 from deft_ray.results.points import Point, merge, of_first
+from deft_ray.results.predictions import write_predictions
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
 from deft_ray.spec.catalog import find_task
@@ -63,6 +64,8 @@ class Books:
             return
         record = to_record(trial, rows)
         self.run_dir.write_curve(record.trial, [row for row in rows if row["kind"] != "end"])
+        if predictions := rows[-1].get("predictions"):
+            write_predictions(self.run_dir.path, record.trial, predictions)
         self._log.append(record)
         self.records.append(record)
         self.schedule.ended(record)

@@ -5,7 +5,8 @@ trains on if it stands among the best 1/η of them, itself counted. What is best
 :func:`deft_ray.sweep.order.best_first`.
 
 The score limit is judged against the baseline of the same task and seed *at the same rung*, since everything is worse
-in the middle of its training.
+in the middle of its training; and it is wider by what the baseline itself still lacks there. Where the baseline has
+hardly begun to learn, it says nothing of who will miss the limit in the end: a density loss delays the learning.
 
 Every arrival is written to a journal with its decision, before anybody acts on it. So a trial that comes to a rung
 again, after a resume, gets the same answer, and later ones meet the same company. Who is judged by the score alone, by
@@ -60,6 +61,8 @@ class Arrival:
 
 #: Tells of an arrival whether it trains on, by those that came to the rung before it and by η.
 Decide = Callable[[Sequence[Arrival], Arrival, float], bool]
+#: The score of the baseline of a task and a seed when it had ended; None before.
+BaselineScore = Callable[[str, int], float | None]
 
 
 class Rungs:
@@ -70,13 +73,19 @@ class Rungs:
         max_score_drop: The score limit; None for none.
         journal: File of the arrivals so far; they are taken up.
         decide: How; by both objectives if not given.
+        baseline_score: What the baselines reached in the end; nothing is known of it if not given.
     """
 
     def __init__(
-        self, reduction_factor: float, max_score_drop: float | None, journal: Path, decide: Decide | None = None
+        self,
+        reduction_factor: float,
+        max_score_drop: float | None,
+        journal: Path,
+        decide: Decide | None = None,
+        baseline_score: BaselineScore = lambda _task, _seed: None,
     ) -> None:
         self._factor, self._limit, self._journal = reduction_factor, max_score_drop, journal
-        self._decide = decide or is_among_the_best
+        self._decide, self._baseline_score = decide or is_among_the_best, baseline_score
         self._arrivals: dict[tuple[str, int], Arrival] = {}
         for line in _whole_lines(journal):
             arrival = Arrival(**json.loads(line))
@@ -108,9 +117,11 @@ class Rungs:
             a.score for a in self._arrivals.values() if (a.task, a.seed, a.rung, a.baseline) == (task, seed, rung, True)
         )
         baseline = next(there, None)
-        if baseline is None or is_feasible(baseline - score, self._limit):
+        if baseline is None:
             return 0.0
-        return baseline - score - self._limit
+        in_the_end = self._baseline_score(task, seed)
+        limit = self._limit + max(0.0, (baseline if in_the_end is None else in_the_end) - baseline)
+        return 0.0 if is_feasible(baseline - score, limit) else baseline - score - limit
 
     def _write(self, arrival: Arrival) -> None:
         self._journal.parent.mkdir(parents=True, exist_ok=True)
@@ -162,15 +173,17 @@ def is_among_the_best(others: Sequence[Arrival], mine: Arrival, factor: float) -
     return len(others) in islice(best_first([*others, mine]), kept)
 
 
-def build_rungs(spec: SweepSpec, folder: Path, single: Decide) -> Rungs | None:
+def build_rungs(spec: SweepSpec, folder: Path, single: Decide, baseline_score: BaselineScore) -> Rungs | None:
     """Return the rungs of a sweep that has them; their journal lies in ``folder``.
 
     Args:
         spec: The sweep's spec.
         folder: Of the journal.
         single: How ``asha`` decides.
+        baseline_score: See :class:`Rungs`.
     """
     if spec.search.scheduler == "none":
         return None
     decide = single if spec.search.scheduler == "asha" else is_among_the_best
-    return Rungs(spec.search.reduction_factor, spec.constraint.max_score_drop, folder / JOURNAL, decide)
+    limit = spec.constraint.max_score_drop
+    return Rungs(spec.search.reduction_factor, limit, folder / JOURNAL, decide, baseline_score)

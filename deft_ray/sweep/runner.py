@@ -300,11 +300,12 @@ class _Sweep:
         from deft_ray.sweep.rungs import build_rungs
         from deft_ray.sweep.tuning import BookKeeper, RungScheduler, ScheduleSearcher, asha_lets_on, build_trainable
 
+        rungs = build_rungs(self.spec, self.run_dir.search, asha_lets_on, self.schedule.baseline_score)
         tuner = tune.Tuner(
             build_trainable(dispatcher, {"cpu": 0, **near_driver}),
             tune_config=tune.TuneConfig(
                 search_alg=ScheduleSearcher(self._next_trial),
-                scheduler=RungScheduler(build_rungs(self.spec, self.run_dir.search, asha_lets_on)),
+                scheduler=RungScheduler(rungs),
                 num_samples=-1,
                 reuse_actors=True,
                 max_concurrent_trials=self.spec.search.max_concurrent or slots + 1,

@@ -213,6 +213,11 @@ class Schedule:
     def _baseline(self, task: str, seed: int) -> Record | None:
         return self._ended.get(trial_id(self.baselines.index((task, seed))))
 
+    def baseline_score(self, task: str, seed: int) -> float | None:
+        """Score of the baseline of a task and one of the sweep's seeds; None before it has ended."""
+        record = self._baseline(task, seed)
+        return None if record is None else record.score
+
     def _baseline_id(self, task: str) -> str:
         """The task's baseline of the first seed."""
         return trial_id(self.baselines.index((self._tasks[0] if self._shared else task, self._seeds[0])))

@@ -43,13 +43,17 @@ class Evaluation:
         scores: Fractions by metric, the task's own first.
         counts: Exact counts per layer.
         generated: ``[non-zero, total]`` of the decoder while it wrote its answers; zeros where nothing is generated.
+        each: What the model said of each example: a class or a value, and of a question the F1 of its answer.
         dial: Score and density by threshold, on the validation and on the calibration split; empty without the dial.
+        predictions: ``label`` of each validation example, questions excepted, and ``each`` by threshold, 0 among them.
     """
 
     scores: dict[str, float]
     counts: DensityCounts
     generated: Tensor
+    each: list[float] = field(default_factory=list)
     dial: dict[str, dict[str, float]] = field(default_factory=dict)
+    predictions: dict[str, list[float]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """Return the fields of a record that an evaluation fills."""
@@ -119,21 +123,26 @@ class Evaluator:
         for suffix, examples in self.data.beside.items():  # density is that of the validation split alone
             beside = self._evaluate(examples)
             scores |= {f"{metric}_{suffix}": score for metric, score in beside.scores.items()}
-        dial = {tau_key(tau): self._dialled(tau, found) for tau in (0.0, *taus) if taus}
+        predictions, dial = {tau_key(0.0): found.each}, dict[str, dict[str, float]]()
+        if self.data.task.kind != "question":
+            predictions["label"] = [example.label for example in self.data.validation]
+        for tau in (0.0, *taus) if taus else ():
+            dialled, calibrated = self._dialled(tau, found)
+            dial[tau_key(tau)] = {
+                "score": dialled.point[0],
+                "density": dialled.point[1],
+                "calibration_score": calibrated.point[0],
+                "calibration_density": calibrated.point[1],
+            }
+            predictions[tau_key(tau)] = dialled.each
         self.model.train()
-        return Evaluation(scores, found.counts, found.generated, dial)
+        return Evaluation(scores, found.counts, found.generated, found.each, dial, predictions)
 
-    def _dialled(self, tau: float, exact: Evaluation) -> dict[str, float]:
-        """Score and density at one threshold."""
+    def _dialled(self, tau: float, exact: Evaluation) -> tuple[Evaluation, Evaluation]:
+        """Evaluate at one threshold on the validation and on the calibration split."""
         with self.probe.thresholding(tau):
-            score, density = (exact if tau == 0.0 else self._evaluate(self.data.validation)).point
-            calibration_score, calibration_density = self._evaluate(self.data.calibration).point
-        return {
-            "score": score,
-            "density": density,
-            "calibration_score": calibration_score,
-            "calibration_density": calibration_density,
-        }
+            found = exact if tau == 0.0 else self._evaluate(self.data.validation)
+            return found, self._evaluate(self.data.calibration)
 
     def _evaluate(self, examples: list[Example]) -> Evaluation:
         device = self.ranks.device
@@ -143,7 +152,8 @@ class Evaluator:
         counts.rows = self.ranks.total(counts.rows)
         if any(value != value for value in predictions):
             raise FloatingPointError("the model's outputs are not finite in the evaluation")
-        return Evaluation(self._score(examples, predictions), counts, self.ranks.total(generated))
+        scores, each = self._score(examples, predictions)
+        return Evaluation(scores, counts, self.ranks.total(generated), each)
 
     def _predictions(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         """Predict a split, every rank its batches; every rank gets all predictions, in order."""
@@ -159,16 +169,21 @@ class Evaluator:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         yield from batches[self.ranks.rank :: self.ranks.world]
 
-    def _score(self, examples: list[Example], predictions: list[Prediction]) -> dict[str, float]:
+    def _score(self, examples: list[Example], predictions: list[Prediction]) -> tuple[dict[str, float], list[float]]:
+        """Scores by metric, and what was said of each example; see :class:`Evaluation`."""
         metrics = (self.data.task.metric, *self.data.task.extra_metrics)
         if self.data.task.kind == "question":
             answers = [value for value in predictions if isinstance(value, Answer)]
             found = surest_answers([example.row for example in examples], answers)
             gold = {example.row: example.answers for example in examples}
-            scores = score_answers(list(found.values()), [gold[row] for row in found])
-            return {metric: scores[metric] for metric in metrics}
+            answers_gold = [gold[row] for row in found]
+            scores = score_answers(list(found.values()), answers_gold)
+            each = [
+                score_answers([text], [known])["f1"] for text, known in zip(found.values(), answers_gold, strict=True)
+            ]
+            return {metric: scores[metric] for metric in metrics}, each
         values = [value for value in predictions if isinstance(value, float)]
-        return score_labels(metrics, values, [example.label for example in examples])
+        return score_labels(metrics, values, [example.label for example in examples]), values
 
     def _predict(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         side = self.base.family.side

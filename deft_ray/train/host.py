@@ -175,6 +175,7 @@ class _Run:
         self.storage = TrialStorage(host.checkpoints, trial.trial, fingerprint(trial))
         self.clock = _Clock()
         self.evaluated: dict[str, Any] = {}
+        self.predictions: dict[str, list[float]] = {}
         self.rungs = rung_steps(self.slot.steps, trial.rungs)
         self.judged: list[dict[str, Any]] = []
         """The rows of the rungs so far."""
@@ -203,6 +204,7 @@ class _Run:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
             self.evaluated, self.judged = latest["evaluated"], latest.get("rung_rows", [])
+            self.predictions = latest.get("predictions", {})
             for row in self.judged if self.ranks.leads else ():
                 self.inbox.send(row)  # whoever judges it may have been killed before he could, or before he acted
 
@@ -232,7 +234,8 @@ class _Run:
 
     def _evaluate(self) -> None:
         began = time.monotonic()
-        self.evaluated = self.slot.evaluate(self._taus()).row()
+        found = self.slot.evaluate(self._taus())
+        self.evaluated, self.predictions = found.row(), found.predictions
         self.clock.eval_s += time.monotonic() - began
         rung = self.rungs.get(self.slot.done)
         if rung is None:
@@ -249,7 +252,13 @@ class _Run:
 
     def _save(self) -> None:
         began = time.monotonic()
-        meta = {"clock": vars(self.clock), "evaluated": self.evaluated, "rung_rows": self.judged}
+        last = self.predictions if self.slot.done == self.slot.steps else {}
+        meta = {
+            "clock": vars(self.clock),
+            "evaluated": self.evaluated,
+            "rung_rows": self.judged,
+            "predictions": last,
+        }
         self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
         self.clock.save_s += time.monotonic() - began
 
@@ -269,6 +278,7 @@ class _Run:
                     **self.evaluated,
                     **self._facts(),
                     adapter=adapter,
+                    predictions=self.predictions if status == "complete" else {},
                     lambda_layers=lambdas,
                     peak_memory_gib=peak,
                 )

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -106,6 +107,9 @@ def test_what_a_sweep_leaves(output: Path) -> None:
         header = next(csv.reader(stream))
     for column in ("task", "trial", "seed", "score", "density", "score_drop", "density_change"):
         assert column in header
+    for record in found:
+        said = pq.read_table(output / "predictions" / f"{record['trial']}.parquet").to_pydict()
+        assert sum(s == t for s, t in zip(said["0"], said["label"], strict=True)) / VALIDATION == record["score"]
     rows = [json.loads(line) for line in (output / "curves" / "t0001.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, STEPS + 1))
 

@@ -56,7 +56,8 @@ def test_an_encoder_at_each_threshold_as_plain_peft_finds_it(
     with torch.enable_grad():
         run(slot)
     slot.save_adapter(tmp_path)
-    plain_row, row = slot.evaluate().row(), slot.evaluate(TAUS).row()
+    plain_row, evaluation = slot.evaluate().row(), slot.evaluate(TAUS)
+    row, predictions = evaluation.row(), evaluation.predictions
     split = slot.data.calibration
     slot.close()
 
@@ -73,6 +74,8 @@ def test_an_encoder_at_each_threshold_as_plain_peft_finds_it(
         said = answers_of_head(model, texts_of(tokenizer, rows, ("question", "sentence")))
         assert found["density"] == pytest.approx(counts.nonzero["encoder"] / counts.total["encoder"], abs=5e-5)
         assert found["score"] == sum(s == r["label"] for s, r in zip(said, rows, strict=True)) / len(rows)
+        assert predictions[f"{tau:g}"] == said
+        assert predictions["label"] == [row["label"] for row in rows]
 
         counts.nonzero["encoder"], counts.total["encoder"] = 0, 0
         inputs = [{"input_ids": torch.tensor([e.input_ids]), "token_type_ids": segments(e)} for e in split]

@@ -25,6 +25,10 @@ class Killed(BaseException):
     """The worker is gone: nobody handles this."""
 
 
+def kill() -> None:
+    raise Killed
+
+
 class Inbox:
     """Trials from a list, rows into a list.
 
@@ -85,7 +89,8 @@ def serve(base: Base, ranks: Ranks, tmp_path: Path) -> Callable[..., list[Row]]:
 
 def numbers(row: Row) -> Row:
     """What an end row says of the trial itself."""
-    return {key: value for key, value in row.items() if key == "steps" or key.startswith(("score", "extra", "density"))}
+    said = ("steps", "predictions")
+    return {key: value for key, value in row.items() if key in said or key.startswith(("score", "extra", "density"))}
 
 
 def test_rows_come_in_order_and_say_what_a_record_needs(trial: Trial, serve: Any) -> None:
@@ -103,7 +108,10 @@ def test_rows_come_in_order_and_say_what_a_record_needs(trial: Trial, serve: Any
     assert train.keys() == {"kind", "step", "time", "loss", "task_loss", "density_loss", "learning_rate"}
     assert train["loss"] == pytest.approx(train["task_loss"] + 2 * train["density_loss"], rel=1e-6)
     assert (end["kind"], end["status"], end["steps"], end["host"]) == ("end", "complete", 4, "h0")
-    assert numbers(end) == {**numbers(evaluation), "steps": 4}
+    assert numbers(end) == {**numbers(evaluation), "steps": 4, "predictions": end["predictions"]}
+    assert end["predictions"].keys() == {"0", "label"}
+    right = [said == true for said, true in zip(*end["predictions"].values(), strict=True)]
+    assert end["score"] == sum(right) / len(right)
     assert end["score_metric"] == "accuracy"
     assert list(end["extra_scores"]) == ["f1"]
     assert 0 < end["density"] < 1
@@ -267,6 +275,18 @@ def test_a_resumed_trial_tells_of_every_rung_again(trial: Trial, serve: Any) -> 
     assert [(row["rung"], row["step"]) for row in before] == [(0, 2), (1, 4)]
     assert rows[:2] == before
     assert not any(row.get("rung") is not None for row in rows[2:])
+
+
+def test_predictions_outlive_a_kill_after_the_last_evaluation(trial: Trial, serve: Any, monkeypatch: Any) -> None:
+    leaves = {"train__steps": 3, "train__checkpoint_every_s": 0.0}
+    calm = serve(Inbox(trial(trial="t0001", **leaves)))
+    with monkeypatch.context() as patch:
+        patch.setattr("deft_ray.train.host.peak_memory_gib", kill)
+        with pytest.raises(Killed):
+            serve(Inbox(trial(trial="t0002", **leaves)))
+    rows = serve(Inbox(trial(trial="t0002", **leaves)))
+    assert [row["kind"] for row in rows] == ["end"]
+    assert numbers(rows[0]) == numbers(calm[-1])
 
 
 def test_a_checkpoint_of_another_configuration_is_not_taken(trial: Trial, serve: Any) -> None:

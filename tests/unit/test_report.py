@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deft_ray.errors import RecordsError
+from deft_ray.results.front import points
 from deft_ray.results.records import Record
 from deft_ray.results.report import first_line, write_report, write_results
 
@@ -42,7 +43,9 @@ SWEEP = [
 
 def report(tmp_path: Path, records: list[Record], **changes: Any) -> str:
     values: dict[str, Any] = {"max_score_drop": 0.02, "stop_reason": "all trials ended", "extra": {"GPU hours": 1.5}}
-    return write_report(tmp_path, "glue", records, **{**values, **changes}).read_text()
+    values |= changes
+    found = points(records, values["max_score_drop"])
+    return write_report(tmp_path, "glue", records, found, **values).read_text()
 
 
 def test_the_table_holds_baseline_and_front(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_first_line(cause: str | None, expected: str) -> None:
 
 def test_warnings_come_once_with_their_trials(tmp_path: Path) -> None:
     records = [make_record(f"t{i}", 0.5, 0.5, warning="tanh on GELU" if i else None) for i in range(3)]
-    text = write_report(tmp_path, "s", records, None, "", {}).read_text()
+    text = report(tmp_path, records, max_score_drop=None)
 
     assert "## Warnings\n\n- tanh on GELU (2×: t1, t2)" in text
     assert "## Trials that did not complete" not in text

@@ -151,6 +151,19 @@ def test_the_limit_is_that_of_the_same_rung_and_seed(tmp_path: Path) -> None:
     assert missed[4:] == [0.0, 0.0, 0.0, pytest.approx(0.33), pytest.approx(0.08)]
 
 
+def test_the_limit_is_wider_where_the_baseline_has_not_learnt_yet(tmp_path: Path) -> None:
+    """The baseline ends at 0.9: at 0.5 it lacks 0.4 of it, at 0.8 still 0.1, at 0.95 nothing."""
+    ended = {("rte", 0): 0.9, ("rte", 1): 0.1}
+    rungs = Rungs(2.0, 0.02, tmp_path / "rungs.jsonl", baseline_score=lambda task, seed: ended.get((task, seed)))
+    for number, score in ((0, 0.5), (1, 0.8), (2, 0.95)):
+        rungs.arrive(**baseline(number, score))
+        for trial, below in ((1, 0.01), (2, 0.10), (3, 0.50)):
+            rungs.arrive(**row(10 * number + trial, number, score - below, 0.5))
+    missed = [json.loads(line)["missed"] for line in (tmp_path / "rungs.jsonl").read_text().splitlines()]
+    wanted = [[0, 0, 0, 0.08], [0, 0, 0, 0.38], [0, 0, 0.08, 0.48]]
+    assert missed == pytest.approx([value for there in wanted for value in there])
+
+
 def test_baselines_and_other_tasks_are_no_company(tmp_path: Path) -> None:
     rungs = Rungs(2.0, None, tmp_path / "rungs.jsonl")
     assert rungs.arrive(**row(1, 0, 0.9, 0.1))

@@ -60,6 +60,15 @@ def test_baselines_come_first_and_are_not_sampled(tmp_path: Path) -> None:
     assert [t.trial for t in trials] == [trial_id(n) for n in range(len(trials))]
 
 
+def test_the_score_of_a_baseline_is_known_when_it_has_ended(tmp_path: Path) -> None:
+    schedule = Schedule(make_spec(seeds=[0, 3]), tmp_path, [])
+    first = schedule.next()
+    assert isinstance(first, TrialSpec)
+    assert schedule.baseline_score(first.task, first.seed) is None
+    schedule.ended(made_up(first, 0.75, 0.5))
+    assert [schedule.baseline_score(first.task, seed) for seed in (0, 3)] == [0.75, None]
+
+
 def test_every_point_runs_with_every_seed(tmp_path: Path) -> None:
     trials = run(Schedule(make_spec(seeds=[0, 5]), tmp_path, []))[4:]
     for first, second in zip(trials[::2], trials[1::2], strict=True):

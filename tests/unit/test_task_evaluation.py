@@ -149,6 +149,7 @@ def test_a_question_is_scored_once_by_its_surest_window_and_counted_in_all(
         max(word_overlap(text, gold) for gold in row["answers"]["text"]) for text, row in zip(texts, rows, strict=True)
     ]
     assert found.scores["f1"] == pytest.approx(sum(points) / 13, abs=1e-6)
+    assert found.predictions == {"0": pytest.approx(points, abs=1e-6)}
 
 
 def test_windows_in_which_nothing_is_written_are_the_least_sure(
@@ -289,7 +290,8 @@ def test_each_glue_task_has_its_metrics(
     open_slot: Open, tiny_models: dict[str, Path], tiny_data: Path, task: str
 ) -> None:
     evaluation = open_slot(tiny_trial(tiny_models["bert"], "bert", tiny_data, task)).evaluate()
-    row = evaluation.row()
+    row, said = evaluation.row(), evaluation.predictions
+    assert scoring.score_labels(GLUE_METRICS[task], said["0"], said["label"]).items() <= evaluation.scores.items()
     assert [row["score_metric"], *row["extra_scores"]] == GLUE_METRICS[task]
 
 
