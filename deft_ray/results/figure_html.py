@@ -54,9 +54,9 @@ def _traces(figure: FrontFigure, ranges: Ranges) -> list[dict[str, Any]]:
     if figure.stairs:
         x, y = outline(figure.stairs, ranges)
         traces.append(_line_trace("front", x, y, {"color": BLUE, "width": 2}, in_legend=False))
-    for name, colour in (("exact_stairs", BLUE), ("rival_stairs", VERMILION)):
-        if stairs := getattr(figure, name):
-            traces.append(_line_trace(LINES[name], *outline(stairs, ranges), {"color": colour, "dash": "dash"}))
+    for field, (name, colour, dash) in LINES.items():
+        if stairs := getattr(figure, field):
+            traces.append(_line_trace(name, *outline(stairs, ranges), {"color": colour, "dash": dash}))
     if figure.score_limit is not None:
         x, y = list(ranges[0]), [figure.score_limit] * 2
         traces.append(_line_trace("score limit", x, y, {"color": DARK, "width": 1, "dash": "dot"}))

@@ -73,10 +73,11 @@ def _draw_front(axes: Any, figure: FrontFigure) -> None:
         x, y = outline(figure.stairs, ranges)
         axes.plot(x, y, color=BLUE, linewidth=1.8, zorder=2)
         axes.fill_between(x, y, ranges[1][0], color=BLUE, alpha=0.06, linewidth=0, zorder=1)
-    for name, colour in (("exact_stairs", BLUE), ("rival_stairs", VERMILION)):
-        if stairs := getattr(figure, name):
+    for field, (name, colour, dash) in LINES.items():
+        if stairs := getattr(figure, field):
             x, y = outline(stairs, ranges)
-            axes.plot(x, y, color=colour, linewidth=1.1, linestyle="--", zorder=1.8, label=LINES[name])
+            style = {"dash": "--", "dashdot": "-."}[dash]
+            axes.plot(x, y, color=colour, linewidth=1.1, linestyle=style, zorder=1.8, label=name)
     if figure.score_limit is not None:
         axes.axhline(figure.score_limit, color=DARK, linewidth=1, linestyle=":", zorder=1.5, label="score limit")
 

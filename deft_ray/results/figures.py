@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.results.files import write_text
-from deft_ray.results.front import front, hypervolume, points, to_csv, varying
+from deft_ray.results.front import REFERENCE, attainment, front, hypervolume, points, to_csv, varying
 from deft_ray.results.points import Point, merge
 from deft_ray.results.records import STATUSES, Record
 
@@ -67,6 +67,7 @@ class FrontFigure:
         stairs: Corners (density, score) of the line that separates what the front dominates, from low density to high.
         exact_stairs: The same of exact zeros alone, where there are thresholded points beside them.
         rival_stairs: The same of the baseline with thresholds, where it has some.
+        attained_stairs: The same of what every seed attains, where settings have several.
         score_limit: Lowest admissible score, where there is a limit and exactly one baseline to apply it to.
         table: Header and rows of the CSV.
     """
@@ -80,12 +81,17 @@ class FrontFigure:
     stairs: tuple[tuple[float, float], ...]
     exact_stairs: tuple[tuple[float, float], ...]
     rival_stairs: tuple[tuple[float, float], ...]
+    attained_stairs: tuple[tuple[float, float], ...]
     score_limit: float | None
     table: tuple[tuple[Any, ...], ...]
 
 
 def front_figure_data(
-    records: Iterable[Record], task: str, max_score_drop: float | None = None, model: str = ""
+    records: Iterable[Record],
+    task: str,
+    max_score_drop: float | None = None,
+    model: str = "",
+    ref: tuple[float, float] = REFERENCE,
 ) -> FrontFigure:
     """Say what the picture of one task shows.
 
@@ -96,6 +102,7 @@ def front_figure_data(
         task: The task to draw.
         max_score_drop: Score limit of the sweep, or None.
         model: Name of the model for the title; taken from the records' settings if empty.
+        ref: Reference point of the hypervolume, score and density.
 
     Raises:
         RecordsError: If the task was measured in more than one dtype.
@@ -103,6 +110,7 @@ def front_figure_data(
     own = [record for record in records if record.task == task]
     found = points(own, max_score_drop)
     shown = merge(found)
+    attained = attainment(found)
     dialled = any(point.tau for point in shown)
     settings = varying(found) or [name for name in (own[0].config if own else {}) if name.startswith("deft.")]
     return FrontFigure(
@@ -110,11 +118,12 @@ def front_figure_data(
         title=_title(own, task, model),
         x_label=X_LABEL,
         y_label=f"{_joined(record.score_metric for record in own) or 'score'} ↑",
-        caption=_caption(found, max_score_drop),
+        caption=_caption(found, max_score_drop, ref),
         marks=tuple(_mark(point, settings) for point in shown),
-        stairs=_stairs(front(shown)),
-        exact_stairs=_stairs(front(point for point in shown if not point.tau)) if dialled else (),
-        rival_stairs=_stairs(front(point for point in shown if point.baseline)) if dialled else (),
+        stairs=_front_stairs(shown),
+        exact_stairs=_front_stairs(point for point in shown if not point.tau) if dialled else (),
+        rival_stairs=_front_stairs(point for point in shown if point.baseline) if dialled else (),
+        attained_stairs=_stairs(attained[max(attained)]) if attained else (),
         score_limit=_score_limit(shown, max_score_drop),
         table=_table(shown, settings),
     )
@@ -145,7 +154,7 @@ def _model_name(record: Record) -> str:
     return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
-def _caption(found: Sequence[Point], max_score_drop: float | None) -> str:
+def _caption(found: Sequence[Point], max_score_drop: float | None, ref: tuple[float, float]) -> str:
     shown = merge(found)
     trained = [point for point in found if not point.tau]
     drawn = sum(point.status == "complete" and point.measured for point in trained)
@@ -159,7 +168,7 @@ def _caption(found: Sequence[Point], max_score_drop: float | None) -> str:
         infeasible = sum(not p.feasible for p in shown)
         parts.append(f"{infeasible} infeasible (score drop above {max_score_drop:g})")
     parts += _missing(found)
-    text = ", ".join(parts) + f". Hypervolume {hypervolume(shown):.4f}."
+    text = ", ".join(parts) + f". Hypervolume {hypervolume(shown, ref):.4f}."
     if found and not any(point.reference for point in shown):
         text += " No usable baseline" + ("." if max_score_drop is None else ": the score limit is not applied.")
     return text
@@ -209,10 +218,14 @@ def short(value: Any) -> str:
     return textwrap.shorten(str(value), 60, placeholder="…")
 
 
-def _stairs(chosen: Sequence[Point]) -> tuple[tuple[float, float], ...]:
+def _front_stairs(shown: Iterable[Point]) -> tuple[tuple[float, float], ...]:
+    return _stairs([(float(point.density or 0.0), float(point.score or 0.0)) for point in front(shown)])
+
+
+def _stairs(chosen: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Corners (density, score) of the line through what was chosen, by rising density."""
     corners: list[tuple[float, float]] = []
-    for point in chosen:
-        here = (float(point.density or 0.0), float(point.score or 0.0))
+    for here in chosen:
         if corners and here != corners[-1]:
             corners.append((here[0], corners[-1][1]))
         if not corners or here != corners[-1]:
@@ -246,7 +259,12 @@ _LEGEND = {
     BASELINE: "baseline (α = 0)",
 }
 
-LINES = {"exact_stairs": "front of exact zeros", "rival_stairs": "baseline with thresholds"}
+#: Lines beside the front: name, colour, dash.
+LINES = {
+    "exact_stairs": ("front of exact zeros", BLUE, "dash"),
+    "rival_stairs": ("baseline with thresholds", VERMILION, "dash"),
+    "attained_stairs": ("attained by every seed", GREY, "dashdot"),
+}
 
 
 def legend_of(role: str, dialled: bool) -> str:

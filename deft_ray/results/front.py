@@ -31,6 +31,9 @@ CSV_COLUMNS = (
 )  # fmt: skip
 """Columns that every table of points starts with; the settings that vary follow under their dotted names."""
 
+REFERENCE = (0.0, 1.0)
+"""Score and density of the hypervolume's reference point where a spec gives none."""
+
 _LEAST = 1e-9
 """A knee that bends by less is rounding."""
 
@@ -105,7 +108,7 @@ def front(points: Iterable[Point]) -> list[Point]:
     return sorted(chosen, key=lambda p: (p.density, p.trial, p.tau))
 
 
-def hypervolume(points: Iterable[Point], ref: tuple[float, float] = (0.0, 1.0)) -> float:
+def hypervolume(points: Iterable[Point], ref: tuple[float, float] = REFERENCE) -> float:
     """Area that the eligible points of one task dominate within the reference (score, density).
 
     Args:
@@ -124,8 +127,38 @@ def hypervolume(points: Iterable[Point], ref: tuple[float, float] = (0.0, 1.0)) 
     return float(moocore.hypervolume(_objectives(eligible), ref=[-ref[0], ref[1]]))
 
 
+def misplaced_reference(
+    points: Iterable[Point], max_score_drop: float | None, ref: tuple[float, float] = REFERENCE
+) -> list[str]:
+    """Say where a reference point lies inside the front: what is admissible there would add nothing to a hypervolume.
+
+    The default one never does: it is the worst that there can be.
+
+    Args:
+        points: Points of any number of tasks; the baselines among them, as they were trained, are looked at.
+        max_score_drop: Score limit, or None.
+        ref: Score and density of the reference point.
+
+    Returns:
+        What is wrong, by leaf of the spec; empty where the baselines are better in both.
+    """
+    faults = []
+    for point in merge(p for p in points if p.reference):
+        least = (point.score or 0.0) - (max_score_drop or 0.0)
+        if ref[0] != REFERENCE[0] and ref[0] > least:
+            less = f" less constraint.max_score_drop = {max_score_drop:g}" if max_score_drop else ""
+            what = f"the baseline of {point.task} scores {point.score:.4g}{less}"
+            faults.append(f"reference.score: lies inside the front: {what} (got {ref[0]:g}); at most {least:.4g}")
+        if ref[1] != REFERENCE[1] and ref[1] < (point.density or 0.0):
+            what = f"the baseline of {point.task} has a density of {point.density:.4g}"
+            faults.append(
+                f"reference.density: lies inside the front: {what} (got {ref[1]:g}); at least that, at most 1"
+            )
+    return faults
+
+
 def hypervolume_history(
-    records: Iterable[Record], task: str, max_score_drop: float | None = None, ref: tuple[float, float] = (0.0, 1.0)
+    records: Iterable[Record], task: str, max_score_drop: float | None = None, ref: tuple[float, float] = REFERENCE
 ) -> list[float]:
     """Hypervolume of one task after each of its ended trials, in record order.
 
@@ -136,6 +169,36 @@ def hypervolume_history(
     found = [point for point in points(records, max_score_drop) if point.task == task]
     trials = len({point.trial for point in found})
     return [hypervolume(of_first(found, ended), ref) for ended in range(1, trials + 1)]
+
+
+def attainment(points: Iterable[Point]) -> dict[int, list[tuple[float, float]]]:
+    """What at least so many seeds attain: the empirical attainment function (Grunert da Fonseca et al., 2001).
+
+    A seed attains a score at a density if one of its own points is as good in both. Only settings that were trained
+    with every seed of the task count, so that no seed has more points than another.
+
+    Args:
+        points: Points of one task.
+
+    Returns:
+        By number of seeds, from one to all: (density, score), by rising density, between which nothing better is
+        attained by so many. Empty where fewer than two seeds have points, or no setting has them all.
+    """
+    eligible = [point for point in points if point.eligible]
+    _check_one_task(eligible)
+    seeds = sorted({point.seed for point in eligible})
+    trained: dict[tuple[str, str, float], set[int]] = {}
+    for point in eligible:
+        trained.setdefault(point.key, set()).add(point.seed)
+    mine = [point for point in eligible if len(trained[point.key]) == len(seeds)]
+    mine.sort(key=lambda point: point.seed)  # moocore takes a set's rows for one set only where they follow each other
+    if len(seeds) < 2 or not mine:
+        return {}
+    found = moocore.eaf(_objectives(mine), [seeds.index(point.seed) for point in mine])
+    attained: dict[int, list[tuple[float, float]]] = {count: [] for count in range(1, len(seeds) + 1)}
+    for loss, density, percentile in found:
+        attained[round(percentile * len(seeds) / 100)].append((float(density), -float(loss)))
+    return {count: sorted(corners) for count, corners in attained.items()}
 
 
 def lowest_density(points: Iterable[Point], max_score_drop: float) -> Point | None:
@@ -213,11 +276,15 @@ def _tasks(points: Iterable[Point]) -> list[str]:
     return list(dict.fromkeys(point.task for point in points))
 
 
-def _eligible(points: Iterable[Point]) -> list[Point]:
-    points = list(points)
+def _check_one_task(points: Sequence[Point]) -> None:
     tasks = _tasks(points)
     if len(tasks) > 1:
         raise ValueError(f"a front belongs to one task (got {', '.join(tasks)})")
+
+
+def _eligible(points: Iterable[Point]) -> list[Point]:
+    points = list(points)
+    _check_one_task(points)
     return merge(point for point in points if point.eligible)
 
 

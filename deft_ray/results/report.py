@@ -16,6 +16,8 @@ from deft_ray.results.figure_html import draw_html
 from deft_ray.results.figure_png import draw_png
 from deft_ray.results.files import file_stem, write_text
 from deft_ray.results.front import (
+    REFERENCE,
+    attainment,
     front,
     hypervolume,
     hypervolume_history,
@@ -47,6 +49,7 @@ def write_results(
     stop_reason: str = "",
     extra: Mapping[str, Any] | None = None,
     *,
+    ref: tuple[float, float] = REFERENCE,
     model: str = "",
     tracking_uri: str = "",
 ) -> list[Path]:
@@ -59,6 +62,7 @@ def write_results(
         max_score_drop: Score limit of the sweep, or None.
         stop_reason: Why the sweep ended.
         extra: Further facts for the report, by name.
+        ref: Reference point of the hypervolume, score and density.
         model: Name of the model for the titles; taken from the records' settings if empty.
         tracking_uri: Where MLflow's data are, for the report; left out if empty.
 
@@ -72,32 +76,53 @@ def write_results(
     found = with_paired_tests(points(records, max_score_drop), records, run_dir, max_score_drop or 0.0)
     fronts = {task: front(_of(found, task)) for task in _tasks(records)}
     written = [write_front_csv(run_dir / "front.csv", fronts, settings=varying(found))]
-    written.append(_write_history(run_dir / "hypervolume.csv", records, max_score_drop))
+    attained = {task: attainment(_of(found, task)) for task in fronts}
+    if any(attained.values()):
+        written.append(_write_attainment(run_dir / "attainment.csv", attained))
+    written.append(_write_history(run_dir / "hypervolume.csv", records, max_score_drop, ref))
     for task in fronts:
-        written += write_figures(run_dir, records, task, max_score_drop, model)
+        written += write_figures(run_dir, records, task, max_score_drop, model, ref)
     report = write_report(
-        run_dir, spec_name, records, found, max_score_drop, stop_reason, extra or {}, tracking_uri=tracking_uri
+        run_dir, spec_name, records, found, max_score_drop, stop_reason, extra or {}, ref=ref, tracking_uri=tracking_uri
     )
     return [*written, report]
 
 
-def _write_history(path: Path, records: Sequence[Record], max_score_drop: float | None) -> Path:
+def _write_history(
+    path: Path, records: Sequence[Record], max_score_drop: float | None, ref: tuple[float, float]
+) -> Path:
     """Write each task's hypervolume after each of its trials, beside the steps that they took together."""
     rows = []
     for task in _tasks(records):
         mine, steps = [record for record in records if record.task == task], 0
-        history = hypervolume_history(mine, task, max_score_drop)
+        history = hypervolume_history(mine, task, max_score_drop, ref)
         for number, (record, volume) in enumerate(zip(mine, history, strict=True), start=1):
             steps += record.steps
             rows.append((task, number, record.trial, steps, volume))
     return write_text(path, to_csv(("task", "trials", "trial", "steps", "hypervolume"), rows))
 
 
+def _write_attainment(path: Path, attained: Mapping[str, Mapping[int, Sequence[tuple[float, float]]]]) -> Path:
+    """Write what of each task so many seeds attain."""
+    rows = [
+        (task, count, len(levels), density, score)
+        for task, levels in attained.items()
+        for count, corners in levels.items()
+        for density, score in corners
+    ]
+    return write_text(path, to_csv(("task", "seeds_at_least", "seeds", "density", "score"), rows))
+
+
 def write_figures(
-    run_dir: Path, records: Iterable[Record], task: str, max_score_drop: float | None = None, model: str = ""
+    run_dir: Path,
+    records: Iterable[Record],
+    task: str,
+    max_score_drop: float | None = None,
+    model: str = "",
+    ref: tuple[float, float] = REFERENCE,
 ) -> list[Path]:
     """Write the three files of one task's front; returns them."""
-    figure = figures.front_figure_data(records, task, max_score_drop, model)
+    figure = figures.front_figure_data(records, task, max_score_drop, model, ref)
     stem = file_stem("pareto", task)
     return [
         draw_html(figure, Path(run_dir) / f"{stem}.html"),
@@ -115,6 +140,7 @@ def write_report(
     stop_reason: str,
     extra: Mapping[str, Any],
     *,
+    ref: tuple[float, float] = REFERENCE,
     tracking_uri: str = "",
 ) -> Path:
     """Write ``report.md`` of records and the points that were made of them; the rest as in :func:`write_results`.
@@ -123,8 +149,10 @@ def write_report(
         The file.
     """
     parts = [_heading(spec_name, records, max_score_drop, stop_reason, extra)]
-    parts += [_task_part(task, _of(found, task), records, max_score_drop or 0.0) for task in _tasks(records)]
-    parts += [_failures(records), _warnings(records), _time_split(records), _files(tracking_uri)]
+    limit = max_score_drop or 0.0
+    parts += [_task_part(task, _of(found, task), records, limit, ref) for task in _tasks(records)]
+    parts += [_failures(records), _warnings(records), _time_split(records)]
+    parts.append(_files(tracking_uri, (Path(run_dir) / "attainment.csv").is_file()))
     return write_text(Path(run_dir) / "report.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -164,7 +192,9 @@ def _limit(max_score_drop: float | None) -> str:
     return f"a score may be {max_score_drop:g} below the baseline of its task and seed"
 
 
-def _task_part(task: str, found: Sequence[Point], records: Sequence[Record], limit: float) -> str:
+def _task_part(
+    task: str, found: Sequence[Point], records: Sequence[Record], limit: float, ref: tuple[float, float]
+) -> str:
     own = [record for record in records if record.task == task]
     chosen = front(found)
     trained = [point for point in found if not point.tau]
@@ -177,9 +207,9 @@ def _task_part(task: str, found: Sequence[Point], records: Sequence[Record], lim
         [
             f"## {_cell(task)}",
             "",
-            f"Hypervolume {hypervolume(found):.4f} (reference: score 0, density 1). "
+            f"Hypervolume {hypervolume(found, ref):.4f} (reference: score {ref[0]:g}, density {ref[1]:g}). "
             f"Trials: {len(trained)}, {complete} complete{points_told}, of them {infeasible} infeasible and "
-            f"{len(chosen)} on the front; {len(trained) - complete} not complete.{_landmarks(found)}",
+            f"{len(chosen)} on the front; {len(trained) - complete} not complete.{_landmarks(found, ref)}",
             "",
             _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score", limit),
             "",
@@ -190,7 +220,7 @@ def _task_part(task: str, found: Sequence[Point], records: Sequence[Record], lim
     )
 
 
-def _landmarks(found: Sequence[Point]) -> str:
+def _landmarks(found: Sequence[Point], ref: tuple[float, float]) -> str:
     """Say which points a user will ask for first."""
     said = ""
     for drop in _DROPS:
@@ -200,15 +230,15 @@ def _landmarks(found: Sequence[Point]) -> str:
     bend = knee(found)
     if bend is not None:
         said += f" Knee: {bend.name} (score {bend.score:.4f}, density {bend.density:.4f})."
-    return said + _rivals(found)
+    return said + _rivals(found, ref)
 
 
-def _rivals(found: Sequence[Point]) -> str:
+def _rivals(found: Sequence[Point], ref: tuple[float, float]) -> str:
     """Set the whole front beside exact zeros alone, and beside the thresholded baseline."""
     if not any(point.tau for point in found):
         return ""
-    exact = hypervolume(point for point in found if not point.tau)
-    rival = hypervolume(point for point in found if point.baseline)
+    exact = hypervolume((point for point in found if not point.tau), ref)
+    rival = hypervolume((point for point in found if point.baseline), ref)
     return f" Hypervolume of exact zeros alone {exact:.4f}, of the baseline with thresholds alone {rival:.4f}."
 
 
@@ -307,9 +337,11 @@ def _time_split(records: Sequence[Record]) -> str:
     return "\n".join(["## Time of a trial", "", _line(["part", "median, s"]), _line(["---", "---"]), *rows])
 
 
-def _files(tracking_uri: str) -> str:
+def _files(tracking_uri: str, attained: bool) -> str:
     lines = ["## More", "", "- [front.csv](front.csv): the fronts of all tasks with every setting that varies"]
     lines += ["- [hypervolume.csv](hypervolume.csv): each task's hypervolume over trials and steps"]
+    if attained:
+        lines += ["- [attainment.csv](attainment.csv): what of each task so many seeds attain"]
     lines += ["- [records.jsonl](records.jsonl): one line per ended trial"]
     if tracking_uri.startswith(("http://", "https://", "databricks")):
         lines += [f"- MLflow: {tracking_uri}"]

@@ -186,6 +186,18 @@ class ConstraintSection(Section):
     max_score_drop: Annotated[float, Field(ge=0.0)] | None = None
 
 
+class ReferenceSection(Section):
+    """Reference point of the hypervolume: worse than whatever may stand on a front, in the score and in the density."""
+
+    score: Annotated[float, Field(ge=-1.0, lt=1.0)] = 0.0
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Score and density."""
+        return self.score, self.density
+
+
 class BudgetSection(Section):
     """When no new trial starts, beside ``search.trials``; None is no limit.
 
@@ -194,7 +206,7 @@ class BudgetSection(Section):
         gpu_hours: Hours of trials times the GPUs of a host.
         steps: Training steps of all trials.
         stall_trials: Sampled points of each task in a row by which no hypervolume has grown by ``stall_growth``.
-        stall_growth: In units of the hypervolume, whose largest value is 1.
+        stall_growth: In units of the hypervolume, which is at most 1 with the default reference point.
     """
 
     wall_hours: Annotated[float, Field(gt=0.0)] | None = None
@@ -238,6 +250,7 @@ class SweepSpec(Section):
     train: TrainSection
     search: SearchSection = SearchSection()
     constraint: ConstraintSection = ConstraintSection()
+    reference: ReferenceSection = ReferenceSection()
     budget: BudgetSection = BudgetSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()

@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from deft_ray.results.across import ALL_TASKS, across_tasks
-from deft_ray.results.front import front, hypervolume, mark, points, varying, write_front_csv
-from deft_ray.results.points import Point, merge, of_first
+from deft_ray.results.front import front, hypervolume, mark, misplaced_reference, points, varying, write_front_csv
+from deft_ray.results.points import Point, compare, merge, of_first
 from deft_ray.results.predictions import write_predictions
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.results.report import write_results
@@ -97,17 +97,23 @@ class Books:
             self.spec.constraint.max_score_drop,
             stop_reason,
             {**extra, **early_stopping(self.records)},
+            ref=self.spec.reference.point,
             model=self.spec.model.name,
             tracking_uri=self.tracking_uri,
         )
         found = self._points()
         for task in self._fronts(found):
             mine = [file for file in files if file.stem in (f"pareto-{task}", "front", "report")]
-            area = hypervolume(point for point in found if point.task == task)
+            area = hypervolume((point for point in found if point.task == task), self.spec.reference.point)
             on_front = [point.trial for point in found if point.task == task and point.on_front]
             self._mirror.front(task, on_front, area, len(self.records), mine)
         self._mirror.finish(status)
         return self._mirror.close()
+
+    def misplaced_reference(self) -> list[str]:
+        """Say where the spec's reference point lies inside the front, by the baselines so far."""
+        limit, baselines = self.spec.constraint.max_score_drop, [r for r in self.records if r.baseline]
+        return misplaced_reference(compare(baselines), limit, self.spec.reference.point)
 
     def summary(self) -> list[str]:
         """Say what each front is: one line per task."""
@@ -148,7 +154,8 @@ class Books:
         self._mirror.record(record, point.score_drop, point.density_change, metric_rows)
         mine = mark(other for other in of_first(found, step) if other.task == record.task)
         on_front = [other.trial for other in mine if other.on_front]
-        self._mirror.front(record.task, on_front, hypervolume(mine), step, at=record.ended_at)
+        area = hypervolume(mine, self.spec.reference.point)
+        self._mirror.front(record.task, on_front, area, step, at=record.ended_at)
 
 
 def early_stopping(records: list[Record]) -> dict[str, str]:

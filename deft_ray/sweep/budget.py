@@ -81,6 +81,7 @@ class Budget:
             found = compare(mine, self._spec.constraint.max_score_drop)
             known = [point for point in found if point.baseline or point.key[1] in whole]
             before = [point for point in known if point.baseline or point.key[1] not in late]
-            if hypervolume(known) - hypervolume(before) >= self._budget.stall_growth:
+            ref = self._spec.reference.point
+            if hypervolume(known, ref) - hypervolume(before, ref) >= self._budget.stall_growth:
                 return False
         return True

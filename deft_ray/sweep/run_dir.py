@@ -17,6 +17,9 @@ from deft_ray.spec.plan import Plan
 from deft_ray.spec.resolve import to_tree
 from deft_ray.spec.schema import SweepSpec
 
+#: Sections that say nothing of what is trained: a sweep may be continued with others.
+_MAY_CHANGE = ("tracking", "budget", "reference")
+
 
 class RunDir:
     """Paths of one sweep's files.
@@ -69,7 +72,7 @@ class RunDir:
         faults = [
             f"{self.path}: {path}: is {here!r} now, was {before!r}; a sweep is continued with the spec it began with"
             for path, before, here in _differences(there, _plain(spec))
-            if not path.startswith(("tracking", "budget")) and not (extend and path == "search.trials")
+            if not path.startswith(_MAY_CHANGE) and not (extend and path == "search.trials")
         ]
         before, here = there.get("search", {}).get("trials"), spec.search.trials
         if extend and (not isinstance(before, int) or here < before or (here == before and not resume)):
@@ -93,8 +96,8 @@ class RunDir:
         self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))
         os.replace(aside, self.plan)
 
-    def extend(self, spec: SweepSpec, plan: Plan) -> None:
-        """Write the spec and the plan of more trials in the place of the old ones; the sweep stays the same."""
+    def continue_with(self, spec: SweepSpec, plan: Plan) -> None:
+        """Write the spec and the plan with which the sweep goes on in the place of the old ones; it stays the same."""
         content = {"sweep_id": self.sweep_id, **plan.to_json()}
         self._write(self.plan, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         self._write(self.spec, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True))

@@ -140,8 +140,8 @@ def run_sweep(
     plan = build_plan(spec, str(output), machine)
     if not run_dir.begun:
         run_dir.create(spec, plan)
-    elif extend:
-        run_dir.extend(spec, plan)
+    else:
+        run_dir.continue_with(spec, plan)
     for name, value in (_ENVIRONMENT | ({} if address else _OWN_RAY)).items():
         os.environ.setdefault(name, value)
     return _Sweep(spec, run_dir, plan, address).run()
@@ -162,6 +162,7 @@ class _Sweep:
         self.failure: str | None = None
         self.spent: str | None = None
         self.stalled: str | None = None
+        self.misplaced: list[str] = []
         self._tuned = threading.Event()
         self.began = time.time()
         self._budget = Budget(spec, self.began)
@@ -170,10 +171,13 @@ class _Sweep:
         reason, status = "all trials have ended", "complete"
         try:
             self._check_budget()
-            if self.schedule.remaining and self.spent is None:
+            self.misplaced = self.books.misplaced_reference()
+            if self.schedule.remaining and self.spent is None and not self.misplaced:
                 self._run_trials()
             if self._left_out():
                 reason = self.spent or self.stalled or reason
+            if self.misplaced:
+                reason, status = "; ".join(self.misplaced), "failed"
             if self.failure is not None:
                 reason, status = f"no host could be kept: {self.failure}", "failed"
         except KeyboardInterrupt:
@@ -183,6 +187,9 @@ class _Sweep:
             problems = self.books.finish(reason, status, {"wall time": f"{time.time() - self.began:.0f} s"})
         if self.failure is not None:
             raise SetupError(f"{reason}\ncontinue with --resume once it is mended")
+        if self.misplaced:
+            faults = "\n".join(self.misplaced)
+            raise SetupError(f"{faults}\ngive another one and continue with --resume")
         self._say_end(problems)
         if self.schedule.failed_tasks:
             tasks = ", ".join(self.schedule.failed_tasks)
@@ -324,7 +331,9 @@ class _Sweep:
         from deft_ray.sweep.schedule import Nothing
 
         self._check_budget()
-        return self.schedule.next() if self.failure is None and self.spent is None else Nothing.MORE
+        self.misplaced = self.books.misplaced_reference()
+        ends = self.failure is not None or self.spent is not None or self.misplaced
+        return Nothing.MORE if ends else self.schedule.next()
 
     def _check_budget(self) -> None:
         """Once spent, always spent; without its baselines a sweep is worth nothing, so they run in any case.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.metrics import METRICS
-from deft_ray.results.front import hypervolume, points
+from deft_ray.results.front import REFERENCE, hypervolume, points
 from deft_ray.results.points import of_first
 from deft_ray.results.records import Record
 from deft_ray.tracking.client import connect
@@ -257,6 +257,7 @@ def replay(
     rows: Mapping[str, Sequence[Row]] | None = None,
     files: Sequence[Path] = (),
     status: str = "complete",
+    ref: tuple[float, float] = REFERENCE,
 ) -> None:
     """Rebuild a sweep's runs from its records.
 
@@ -267,6 +268,7 @@ def replay(
         rows: Metric rows of each trial, where they were kept.
         files: Plots and tables to copy to the parent run.
         status: How the sweep ended.
+        ref: Reference point of the hypervolume, score and density.
 
     Raises:
         RecordsError: If one task was measured in more than one dtype.
@@ -278,7 +280,7 @@ def replay(
         mirror.record(record, point.score_drop, point.density_change, (rows or {}).get(record.trial, ()))
         so_far = [p for p in of_first(found, step) if p.task == record.task]
         chosen = [p.trial for p in found if p.on_front and p.task == record.task]
-        mirror.front(record.task, chosen, hypervolume(so_far), step, at=record.ended_at)
+        mirror.front(record.task, chosen, hypervolume(so_far, ref), step, at=record.ended_at)
     for file in files:
         mirror.add_file(file)
     mirror.finish(status, at=max((record.ended_at for record in records), default=None))

@@ -74,6 +74,20 @@ def test_a_failing_baseline_ends_its_task(folder: Path, tmp_path: Path) -> None:
     assert "no usable baseline for sst2, rte" in done.stderr
 
 
+def test_a_reference_point_inside_the_front_ends_the_sweep_after_its_baseline(folder: Path, tmp_path: Path) -> None:
+    spec = write_spec(folder, tmp_path / "spec.yaml")
+    only_sst2 = ("--set", "data.tasks=[sst2]")
+    done = sweep(spec, tmp_path / "run", *only_sst2, "--set", "reference.score=0.999")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "reference.score: lies inside the front: the baseline of sst2 scores" in done.stderr
+    assert "--resume" in done.stderr
+    assert [record["baseline"] for record in records(tmp_path / "run")] == [True]
+    again = sweep(spec, tmp_path / "run", *only_sst2, "--resume", "--set", "reference.density=0.9999")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [record["status"] for record in records(tmp_path / "run")] == ["complete"] * 3
+    assert "(reference: score 0, density 0.9999)" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_sweep(folder: Path, tmp_path: Path) -> None:
     spec = write_spec(folder, tmp_path / "spec.yaml")
     text = spec.read_text().replace(str(folder / "model"), str(tmp_path / "broken"))

@@ -90,6 +90,7 @@ def test_data_of_a_sweep() -> None:
         stairs=((0.25, 0.865), (0.5, 0.865), (0.5, 0.875)),
         exact_stairs=(),
         rival_stairs=(),
+        attained_stairs=(),
         score_limit=0.875 - 0.02,
         table=(
             ("task", "trial", "seed", "density", "score", "density_change", "score_drop", "tau", "on_front", "role",

@@ -15,12 +15,14 @@ import pytest
 from deft_ray.errors import RecordsError
 from deft_ray.results.across import ALL_TASKS, across_tasks
 from deft_ray.results.front import (
+    attainment,
     front,
     front_probability,
     hypervolume,
     hypervolume_history,
     knee,
     lowest_density,
+    misplaced_reference,
     points,
     varying,
     write_front_csv,
@@ -167,6 +169,41 @@ def test_hypervolume_by_hand() -> None:
 )
 def test_hypervolume_of_one_point(score: float, density: float, expected: float) -> None:
     assert hypervolume([make_point("a", score, density)]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("ref", "expected"),
+    [
+        ((0.5, 1.0), 0.1 * 0.1 + 0.1 * 0.3 + 0.5 * 0.4),
+        ((0.8, 1.0), 0.5 * 0.1),
+        ((0.5, 0.6), 0.1 * 0.1 + 0.1 * 0.3 + 0.1 * 0.4),
+        ((0.9, 0.4), 0.0),
+    ],
+)
+def test_hypervolume_to_another_reference_point(ref: tuple[float, float], expected: float) -> None:
+    """Only what is better than the reference in both counts, and only as far as it."""
+    made = [make_point("a", 0.8, 0.4), make_point("b", 0.9, 0.5), make_point("c", 0.6, 0.3)]
+    assert hypervolume(made, ref) == pytest.approx(expected)
+
+
+def test_a_reference_point_inside_the_front_is_told() -> None:
+    made = [
+        make_record("t0", 0.9, 0.8, baseline=True),
+        make_record("t1", 0.95, 0.2),
+        make_record("u0", 0.7, 0.99, baseline=True, task="cola"),
+    ]
+    found = points(made)
+    assert misplaced_reference(found, None) == []
+    assert misplaced_reference(found, 0.1, (0.6, 0.99)) == []
+    assert misplaced_reference(found, 0.05, (0.66, 0.9)) == [
+        "reference.score: lies inside the front: the baseline of cola scores 0.7 less constraint.max_score_drop = 0.05 "
+        "(got 0.66); at most 0.65",
+        "reference.density: lies inside the front: the baseline of cola has a density of 0.99 (got 0.9); "
+        "at least that, at most 1",
+    ]
+    assert [fault.split(":")[0] for fault in misplaced_reference(found, None, (0.95, 1.0))] == ["reference.score"] * 2
+    collapsed = points([make_record("t0", -0.1, 1.0, baseline=True)])
+    assert misplaced_reference(collapsed, None) == [], "the default asks nothing of a baseline"
 
 
 def test_nothing_gives_nothing() -> None:
@@ -574,3 +611,35 @@ def test_settings_of_the_dial_are_no_columns() -> None:
     old = make_record("t0", 0.5, 0.5, config={"deft.alpha": 1.0})
     new = make_record("t1", 0.5, 0.5, config={"deft.alpha": 2.0, "dial.taus": "", "dial.calibration_examples": 256})
     assert varying(points([old, new])) == ["deft.alpha"]
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_attainment_against_counting_seeds(case: int) -> None:
+    """At every place of a grid: does any point of a seed lie there or better, for how many seeds?"""
+    dice = random.Random(case)
+    seeds, settings = dice.choice([2, 3, 5]), [f"t{number}" for number in range(dice.randint(1, 6))]
+    levels = [index / 8 for index in range(9)]
+    made = [
+        make_point(f"{name}-s{seed}", dice.choice(levels), dice.choice(levels), seed=seed, setting=name)
+        for name in settings
+        for seed in range(seeds)
+    ]
+    lone = make_point("lone", 1.0, 0.0, setting="lone")
+    found = attainment([*made, lone])
+    assert list(found) == list(range(1, seeds + 1))
+    for count, corners in found.items():
+        assert corners == sorted(set(corners))
+        for score in levels:
+            for density in levels:
+                by = {p.seed for p in made if p.score >= score and p.density <= density}  # type: ignore[operator]
+                attained = any(s >= score and d <= density for d, s in corners)
+                assert attained == (len(by) >= count), (count, score, density)
+
+
+def test_attainment_needs_settings_with_every_seed() -> None:
+    assert attainment([]) == {}
+    assert attainment([make_point("t0", 0.5, 0.5)]) == {}
+    apart = [make_point("t0", 0.5, 0.5, setting="t0"), make_point("t1", 0.5, 0.5, seed=1, setting="t1")]
+    assert attainment(apart) == {}
+    with pytest.raises(ValueError, match="a front belongs to one task"):
+        attainment([make_point("t0", 0.5, 0.5), make_point("u0", 0.5, 0.5, task="cola")])

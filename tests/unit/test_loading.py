@@ -23,7 +23,8 @@ train:
 """
 MODEL, ADAPTER, DEFT = (", ".join(section.model_fields) for section in (ModelSection, AdapterSection, DeftSection))
 SECTIONS = (
-    "name, model, data, adapter, deft, dial, train, search, constraint, budget, resources, tracking, baseline, storage"
+    "name, model, data, adapter, deft, dial, train, search, constraint, reference, budget, resources, tracking, "
+    "baseline, storage"
 )
 
 

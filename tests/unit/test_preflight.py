@@ -279,7 +279,7 @@ def test_a_sweep_is_extended_by_trials_alone(tmp_path: Path, faults_of: Callable
     assert faults_of(other, extend=True) == [f"out: train.steps: is 20 now, was 10; {told}"]
     preflight(more, RunDir(tmp_path / "out"), resume=False, extend=True)
 
-    run_dir.extend(more, build_plan(more, "out", Machine(2, 0)))
+    run_dir.continue_with(more, build_plan(more, "out", Machine(2, 0)))
     assert run_dir.sweep_id == identity
     preflight(more, RunDir(tmp_path / "out"), resume=True)
     preflight(more, RunDir(tmp_path / "out"), resume=True, extend=True)  # the same command again, and --resume

@@ -60,6 +60,16 @@ def test_the_table_holds_baseline_and_front(tmp_path: Path) -> None:
     assert "Hypervolume 0.6538" in text
 
 
+def test_another_reference_point_moves_every_hypervolume(tmp_path: Path) -> None:
+    """From score 0.8 and density 0.45, the front's one point is 0.065 and 0.2 away."""
+    write_results(tmp_path, "glue", SWEEP, 0.02, ref=(0.8, 0.45))
+    area = "0.0130"
+    assert f"Hypervolume {area} (reference: score 0.8, density 0.45)." in (tmp_path / "report.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "hypervolume.csv").read_text().splitlines()))
+    assert [float(row["hypervolume"]) for row in rows if row["task"] == "squad"][-1] == pytest.approx(0.065 * 0.2)
+    assert f"Hypervolume {area}" in (tmp_path / "pareto-squad.html").read_text()
+
+
 def test_heading(tmp_path: Path) -> None:
     assert report(tmp_path, SWEEP).splitlines()[:7] == [
         "# Sweep glue",
@@ -144,6 +154,27 @@ def test_hypervolume_csv_follows_trials_and_steps(tmp_path: Path) -> None:
     ]
     volumes = [float(row["hypervolume"]) for row in rows]
     assert volumes == pytest.approx([0.0, 0.0, 0.7 * 0.6, 0.7 * 0.1 + 0.8 * 0.5, 0.5 * 0.5])
+
+
+def test_what_every_seed_attains_is_written_and_drawn(tmp_path: Path) -> None:
+    """Seed 0 reaches 0.8 at 0.2 and 0.9 at 0.5, seed 1 the same scores at 0.4 and 0.3: both reach 0.9 at 0.5."""
+    values = {"t1": [(0.8, 0.2), (0.8, 0.4)], "t2": [(0.9, 0.5), (0.9, 0.3)]}
+    records = [
+        make_record(f"{name}-s{seed}" if seed else name, *measured, seed=seed, setting=name)
+        for name, both in values.items()
+        for seed, measured in enumerate(both)
+    ]
+    written = write_results(tmp_path, "glue", records)
+    assert [path.name for path in written][:3] == ["front.csv", "attainment.csv", "hypervolume.csv"]
+    rows = [tuple(row.values()) for row in csv.DictReader((tmp_path / "attainment.csv").read_text().splitlines())]
+    assert rows == [
+        ("squad", "1", "2", "0.2", "0.8"),
+        ("squad", "1", "2", "0.3", "0.9"),
+        ("squad", "2", "2", "0.3", "0.8"),
+        ("squad", "2", "2", "0.5", "0.9"),
+    ]
+    assert "attained by every seed" in (tmp_path / "pareto-squad.html").read_text()
+    assert "attainment.csv" in (tmp_path / "report.md").read_text()
 
 
 def test_write_results_twice_is_the_same(tmp_path: Path) -> None:

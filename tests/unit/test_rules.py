@@ -109,6 +109,14 @@ def test_unknown_and_repeated_tasks_are_all_told() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("leaf", "bad"), [("score", 1.0), ("score", -1.5), ("score", "low"), ("density", 0.0), ("density", 1.5)]
+)
+def test_a_reference_point_lies_where_points_can_be_better(leaf: str, bad: Any) -> None:
+    assert [path for path, _ in faults_of(reference={leaf: bad})] == [("reference", leaf)]
+    assert faults_of(reference={"score": -0.5, "density": 0.9}) == []
+
+
 def test_a_folder_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
