@@ -270,7 +270,7 @@ def tiny_trial(model: Path, family: str, data: Path | None, task: str, **leaves:
         family: Its family.
         data: Data folder; None for nano tasks.
         task: Name of the task.
-        leaves: ``section__key=value``, over the settings here; ``trial`` and ``seed`` too.
+        leaves: ``section__key=value``, over the settings here; a trial's own (``trial``, ``seed``, …) by their names.
     """
     sections: dict[str, dict[str, Any]] = {
         "model": {"name": str(model), "family": family},
@@ -283,7 +283,7 @@ def tiny_trial(model: Path, family: str, data: Path | None, task: str, **leaves:
     fixed = {
         "trial": "t0000",
         "seed": 0,
-        **{key: leaves.pop(key) for key in ("trial", "seed", "rungs", "judged_at") if key in leaves},
+        **{key: leaves.pop(key) for key in list(leaves) if "__" not in key},
     }
     for leaf, value in leaves.items():
         section, key = leaf.split("__")

@@ -13,7 +13,7 @@ weighs the block's density, and that some λ end at 0. Their code has no ADA-DEF
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +61,16 @@ class LayerScales(nn.Module):
     def by_layer(self) -> dict[str, float]:
         """Return λ of every block, by name."""
         return {name: float(self.value(name)) for name in self._by_name}
+
+    def set_values(self, values: Mapping[str, float]) -> None:
+        """Set λ of every block, by name.
+
+        Raises:
+            KeyError: If a block has none.
+        """
+        with torch.no_grad():
+            for name, scale in self._by_name.items():
+                scale.fill_(values[name])
 
     def charge(self, name: str, slope: Tensor) -> None:
         """Set the slope of the density loss in a block's λ for the pass under way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -16,7 +17,12 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import (
+    ModulesToSaveWrapper,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -185,6 +191,25 @@ def virtual_positions(model: PeftModel) -> int:
     """Return how many positions the adapter puts before the encoder's input: those of a prompt, else none."""
     config = model.active_peft_config
     return int(config.num_virtual_tokens) if isinstance(config, PromptTuningConfig) else 0
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Give an attached adapter, and its head, the values of a saved one.
+
+    Args:
+        model: With the same kind and size of adapter as was saved.
+        folder: As ``save_pretrained`` wrote it.
+
+    Raises:
+        ValueError: If the saved adapter lacks a value, or has one that this adapter has no place for.
+    """
+    saved = load_peft_weights(str(folder), device="cpu")
+    found: Any = set_peft_model_state_dict(model, saved)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    strange = set(found.unexpected_keys) - wanted  # virtual tokens have their place under another name
+    faults = [f"lacks {name}" for name in wanted - saved.keys()] + [f"has {name} too" for name in strange]
+    if faults:
+        raise ValueError(f"{folder}: is no adapter of this kind: {', '.join(sorted(faults)[:5])}")
 
 
 def detach_adapter(model: PeftModel) -> None:

@@ -53,6 +53,7 @@ class Record:
         dial: By threshold τ, 0 among them: score and density on the validation split with activations of magnitude of
             at most τ set to zero, and the same two on the calibration split; empty without the dial.
         setting: Name of the trial that has the same settings with the sweep's first seed; its own if empty.
+        started_from: Name of the trial whose adapter it trained on, on a path; empty where it began with a fresh one.
         lambda_layers: ADA-DEFT's layer scale of each block, by layer name; empty without.
         approximation: Approximation of the density loss that was used: l0, tanh, sigmoid or l1.
         config: The sampled and fixed settings, flat, dotted names.
@@ -92,6 +93,7 @@ class Record:
     density_layers: dict[str, float] = field(default_factory=dict, hash=False)
     dial: dict[str, dict[str, float]] = field(default_factory=dict, hash=False)
     setting: str = ""
+    started_from: str = ""
     lambda_layers: dict[str, float] = field(default_factory=dict, hash=False)
     approximation: str = ""
     steps: int = 0

@@ -181,9 +181,20 @@ def _heading(
 ) -> str:
     counts = Counter(record.status for record in records if record.task != ALL_TASKS)
     trials = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
-    facts = {"Trials": trials, "Score limit": _limit(max_score_drop), "Ended because": stop_reason, **extra}
+    facts = {
+        "Trials": trials,
+        "Path": _path(records),
+        "Score limit": _limit(max_score_drop),
+        "Ended because": stop_reason,
+        **extra,
+    }
     lines = [f"- {_cell(name)}: {_cell(value)}" for name, value in facts.items() if value not in ("", None)]
     return "\n".join([f"# Sweep {_cell(spec_name)}", "", *lines])
+
+
+def _path(records: Sequence[Record]) -> str:
+    onward = [record.steps for record in records if record.started_from]
+    return f"{len(onward)} trials train on from another one, {max(onward)} steps each, as α rises" if onward else ""
 
 
 def _limit(max_score_drop: float | None) -> str:

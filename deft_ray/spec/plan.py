@@ -23,8 +23,9 @@ class Plan:
         seeds: Training seeds.
         front_seeds: Seeds of whoever stands on the front once all points have ended; None for no further ones.
         baselines: Trials with the density loss off: one for every task and seed.
-        sampled: Trials that are sampled: points x tasks x seeds.
+        sampled: Trials that are sampled, or lie on a path: points x tasks x seeds.
         steps: Training steps of one trial, or None if it is given in epochs or searched.
+        path_share: On a path, what each of its trials trains of that; None without.
         space: Searched leaves and their domains.
         hosts: Worker groups.
         workers: Workers of a host.
@@ -44,6 +45,7 @@ class Plan:
     baselines: int
     sampled: int
     steps: int | None
+    path_share: float | None
     space: dict[str, str]
     hosts: int
     workers: int
@@ -84,6 +86,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         baselines=len(tasks) * len(seeds),
         sampled=count_points(spec) * len(tasks) * len(seeds),
         steps=None if "train.steps" in spec.space else spec.train.steps,
+        path_share=None if spec.search.path is None else spec.search.path_share,
         space={dotted: str(domain) for dotted, domain in spec.space.items()},
         hosts=hosts,
         workers=resources.workers_per_host,
@@ -121,11 +124,14 @@ def format_plan(plan: Plan) -> str:
     """Write a plan for a person."""
     length = "steps as sampled" if "train.steps" in plan.space else "by epochs"
     length = f"{plan.steps:,} steps each" if plan.steps is not None else length
+    kind = "sampled"
+    if plan.path_share is not None:
+        kind, length = "on paths of rising α", f"{length}, on a path {plan.path_share:g} of that"
     rows = [
         ("sweep", plan.name),
         ("model", plan.model),
         ("tasks", ", ".join(f"{name} ({metric})" for name, metric in zip(plan.tasks, plan.metrics, strict=True))),
-        ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} sampled, {length}"),
+        ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} {kind}, {length}"),
         ("seeds", ", ".join(map(str, plan.seeds)) + _further(plan.front_seeds)),
         ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once"),
         ("run directory", plan.output),
@@ -135,7 +141,9 @@ def format_plan(plan: Plan) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
     if plan.steps is not None:
-        lines.insert(4, f"{'steps':<{width}}  {plan.steps * plan.trials:,} in all")
+        share = 1.0 if plan.path_share is None else plan.path_share
+        each = max(1, round(share * plan.steps))
+        lines.insert(4, f"{'steps':<{width}}  {plan.steps * plan.baselines + each * plan.sampled:,} in all")
     lines.append("search space")
     widest = max((len(dotted) for dotted in plan.space), default=0)
     lines += [f"  {dotted:<{widest}}  {domain}" for dotted, domain in plan.space.items()] or ["  nothing is searched"]

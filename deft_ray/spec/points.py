@@ -1,4 +1,4 @@
-"""The points of a sweep that are known before it starts: those to try first, and a grid's."""
+"""The points of a sweep that are known before it starts: those to try first, a grid's, and a path's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ Point = dict[str, Scalar]
 
 
 def count_points(spec: SweepSpec) -> int:
-    """Points of each task: ``search.trials``, or all of a grid."""
+    """Points of each task: ``search.trials``, or all of a grid or a path."""
+    if spec.search.path is not None:
+        return len(path(spec))
     return len(grid(spec)) if spec.search.sampler == "grid" else spec.search.trials
 
 
 def first_points(spec: SweepSpec) -> list[Point]:
-    """Points that come before the sampler's own: of a grid all, else ``search.try_first``."""
+    """Points that come before the sampler's own: of a grid or a path all, else ``search.try_first``."""
+    if spec.search.path is not None:
+        return path(spec)
     if spec.search.sampler == "grid":
         return grid(spec)
     return [dict(point) for point in spec.search.try_first[: spec.search.trials]]
@@ -32,6 +36,20 @@ def grid(spec: SweepSpec) -> list[Point]:
         values = dict(zip(names, combination, strict=True))
         found.setdefault(tuple((name, values[name]) for name in spec.space if is_read(spec, values, name)))
     return [dict(point) for point in found]
+
+
+def path(spec: SweepSpec) -> list[Point]:
+    """Rising values of α: a choice's, or ``search.trials`` evenly spread over a range, on a log scale if it has one."""
+    domain, count = spec.space["deft.alpha"], spec.search.trials
+    if domain.kind == "choice":
+        return [{"deft.alpha": value} for value in sorted(domain.args, key=float)]
+    low, high = map(float, domain.args)
+    shares = [index / max(1, count - 1) for index in range(count)]
+    if domain.kind == "loguniform":
+        alphas = [low * (high / low) ** share for share in shares]
+    else:
+        alphas = [low + share * (high - low) for share in shares]
+    return [{"deft.alpha": min(high, alpha)} for alpha in alphas]
 
 
 def deciding_first(spec: SweepSpec) -> Iterator[str]:

@@ -37,9 +37,16 @@ def is_read(spec: SweepSpec, sample: Mapping[str, Scalar], dotted: str) -> bool:
 
 
 def resolve_trial(
-    spec: SweepSpec, trial: str, task: str, seed: int, sample: Mapping[str, Scalar], setting: str = ""
+    spec: SweepSpec,
+    trial: str,
+    task: str,
+    seed: int,
+    sample: Mapping[str, Scalar],
+    setting: str = "",
+    start_from: str = "",
+    place: int = 0,
 ) -> TrialSpec:
-    """Return the trial of a sampled point.
+    """Return the trial of a sampled point, or of a point of a path.
 
     Args:
         spec: The sweep's spec.
@@ -48,6 +55,8 @@ def resolve_trial(
         seed: Training seed.
         sample: A value for every searched leaf that the trial reads, by dotted name; the others have their defaults.
         setting: Id of the trial of the same point with the first seed; the trial's own if empty.
+        start_from: On a path the trial that it goes on from.
+        place: Its place on the path, from 0.
 
     Raises:
         ValueError: If a searched leaf has no value, or pydantic refuses one.
@@ -57,7 +66,19 @@ def resolve_trial(
     if lacking:
         raise ValueError(f"no value for {', '.join(sorted(lacking))}")
     unread = {leaf: _default(spec, leaf) for leaf in spec.space if leaf not in sample}
-    return _build(spec, trial, task, seed, {**unread, **sample}, baseline=False, setting=setting)
+    found = _build(spec, trial, task, seed, {**unread, **sample}, baseline=False, setting=setting)
+    return _on_path(found, spec.search.path_share, start_from, place) if start_from else found
+
+
+def _on_path(trial: TrialSpec, share: float, start_from: str, place: int) -> TrialSpec:
+    """Shorten a trial to its part of a path: a baseline's whole training and ``place`` such parts went before."""
+    steps, epochs = trial.train.steps, trial.train.epochs
+    shorter = {
+        "steps": None if steps is None else max(1, round(share * steps)),
+        "epochs": None if epochs is None else share * epochs,
+    }
+    train = trial.train.model_copy(update=shorter)
+    return trial.model_copy(update={"train": train, "start_from": start_from, "trained_before": 1.0 / share + place})
 
 
 def rung_shares(spec: SweepSpec) -> tuple[float, ...]:

@@ -155,12 +155,20 @@ class TrainSection(Section):
 
 
 class SearchSection(Section):
-    """What is sampled, how often, with which seeds."""
+    """What is sampled, how often, with which seeds.
+
+    Args:
+        path: ``alpha``: points are not sampled, but the trained baseline is trained on at rising α, each point from the
+            one before it.
+        path_share: Steps of a point of the path, as a share of ``train.steps`` or ``train.epochs``.
+    """
 
     trials: Annotated[int, Field(ge=0)] = 8
     scope: Literal["per-task", "shared"] = "per-task"
     sampler: Literal["mo_tpe", "tpe", "nsga2", "gp", "random", "grid"] = "mo_tpe"
     startup_trials: Positive = 10
+    path: Literal["alpha"] | None = None
+    path_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     front_seeds: Annotated[int, Field(ge=2)] | None = None
@@ -276,6 +284,8 @@ class TrialSpec(Section):
         rungs: Shares of its steps at which the scheduler judges it.
         setting: The trial that has the same settings with the first seed.
         judged_at: Threshold of the score and density that the search is about; 0 for exact zeros.
+        start_from: Trial whose adapter it trains on; empty where it begins with a fresh one.
+        trained_before: Steps that the training went on before it, in units of its own.
     """
 
     trial: str
@@ -285,6 +295,8 @@ class TrialSpec(Section):
     rungs: tuple[float, ...] = ()
     setting: str = ""
     judged_at: float = 0.0
+    start_from: str = ""
+    trained_before: float = 0.0
     dial: DialSection = DialSection()
     model: ModelSection
     data: DataSection

@@ -74,6 +74,32 @@ def _scope(view: View) -> Iterator[Fault]:
             yield ("search", leaf), message
 
 
+def _path(view: View) -> Iterator[Fault]:
+    """A path is of rising α and of nothing else, and nobody samples, stops or repeats its points."""
+    section = {leaf: field.default for leaf, field in SearchSection.model_fields.items()}
+    if view.get("search.path") is None:
+        share = view.get("search.path_share")
+        if share not in (None, section["path_share"]):
+            yield ("search", "path_share"), f"is read by no trial (got {show(share)}); needs search.path: alpha"
+        return
+    if list(view.space) != ["deft.alpha"]:
+        searched = ", ".join(view.space) or "nothing"
+        yield ("search", "path"), f"needs deft.alpha as the only leaf that is searched (searched: {searched})"
+        return
+    domain = view.space["deft.alpha"]
+    if not all(is_number(value) and float(value) > 0 for value in domain.args):
+        yield ("deft", "alpha"), f"must be above 0 on a path, which begins at the baseline's 0 (got {domain})"
+    for leaf in ("sampler", "startup_trials", "scheduler", "front_seeds", "warm_start", "try_first"):
+        value = view.get(f"search.{leaf}")
+        if value not in (None, [], section[leaf]):
+            yield (
+                ("search", leaf),
+                f"means nothing on a path, whose points are all known (got {show(value)}); leave it out",
+            )
+    if domain.kind == "choice" and view.get("search.trials") not in (None, section["trials"]):
+        yield ("search", "trials"), "means nothing where deft.alpha is a choice: a path has each of its values once"
+
+
 def _grid(view: View) -> Iterator[Fault]:
     """A grid is of single values, and no larger than somebody would want to list."""
     if view.get("search.sampler") != "grid":
@@ -144,4 +170,4 @@ def _objectives(view: View) -> Iterator[Fault]:
         yield ("search", "objectives"), f"{what} (got {', '.join(given)}); one of {', '.join(known)}"
 
 
-SEARCH_RULES = (_baseline, _seeds, _try_first, _warm_start, _scope, _grid, _rungs, _dial, _objectives)
+SEARCH_RULES = (_baseline, _seeds, _try_first, _warm_start, _scope, _path, _grid, _rungs, _dial, _objectives)

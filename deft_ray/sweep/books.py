@@ -179,7 +179,15 @@ def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
     measured: dict[str, Any] = {}
     for row in rows:
         measured.update({key: value for key, value in row.items() if value is not None or key not in measured})
-    known = Record.__dataclass_fields__.keys() - {"trial", "task", "seed", "baseline", "setting", "config"}
+    known = Record.__dataclass_fields__.keys() - {
+        "trial",
+        "task",
+        "seed",
+        "baseline",
+        "setting",
+        "started_from",
+        "config",
+    }
     now = time.time()
     defaults: dict[str, Any] = {
         "score_metric": find_task(trial.task, trial.data).metric,
@@ -198,6 +206,7 @@ def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:
         seed=trial.seed,
         baseline=trial.baseline,
         setting=trial.setting,
+        started_from=trial.start_from,
         config=dict(trial.flat()),
         **{**defaults, **fields},
     )

@@ -116,10 +116,27 @@ class Schedule:
                     continue
                 if self._one_by_one and not self._have_ended(self._tasks[: self._tasks.index(task)]):
                     return Nothing.YET
+                start_from = self._start_of(task, number, place)
+                if start_from is None:
+                    blocked = True
+                    continue
                 self._given.add(trial)
                 sample, setting = self._search(task).point(number), self._setting(task, number)
-                return resolve_trial(self.spec, trial, task, seed, sample, setting)
+                return resolve_trial(self.spec, trial, task, seed, sample, setting, start_from, number)
         return Nothing.YET if blocked else self._next_front_seed()
+
+    def _start_of(self, task: str, number: int, place: int) -> str | None:
+        """Trial that a point of a path goes on from: the last one before it that is complete; None while one trains.
+
+        Empty where there is no path.
+        """
+        if self.spec.search.path is None:
+            return ""
+        before = [self._id(task, earlier, place) for earlier in range(number)]
+        if not all(trial in self._ended for trial in before):
+            return None
+        whole = [trial for trial in before if self._ended[trial].status == "complete"]
+        return whole[-1] if whole else trial_id(self.baselines.index((task, self._seeds[place])))
 
     def _next_front_seed(self) -> TrialSpec | Nothing:
         due = self._front_trials()

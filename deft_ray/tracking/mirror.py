@@ -315,6 +315,7 @@ def _tags(record: Record) -> dict[str, str]:
         "dtype": record.dtype,
         "activation": record.activation,
         "adapter": record.adapter or "",
+        "started_from": record.started_from,
         "host": record.host,
         "mlflow.note.content": f"```\n{record.cause[-_TAG_LENGTH + 8 :]}\n```" if record.cause else "",
     }

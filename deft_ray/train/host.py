@@ -13,6 +13,7 @@ import resource
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -119,9 +120,12 @@ class Host:
     def _run(self, trial: TrialSpec, started: float) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        slot = Slot(trial, self.base, self._task(trial), self.ranks)
+        storage = TrialStorage(self.checkpoints, trial.trial, fingerprint(trial))
+        with ExitStack() as fetched:
+            start = fetched.enter_context(storage.adapter_of(trial.start_from)) if trial.start_from else None
+            slot = Slot(trial, self.base, self._task(trial), self.ranks, start)
         try:
-            _Run(self, trial, slot, started).to_end()
+            _Run(self, trial, slot, storage, started).to_end()
         finally:
             slot.close()
 
@@ -169,10 +173,9 @@ def load_task(name: str, data: DataSection, base: Base, calibration: int = 0) ->
 class _Run:
     """One trial on its way from the first step to the last row."""
 
-    def __init__(self, host: Host, trial: TrialSpec, slot: Slot, started: float) -> None:
-        self.host, self.trial, self.slot, self.started = host, trial, slot, started
+    def __init__(self, host: Host, trial: TrialSpec, slot: Slot, storage: TrialStorage, started: float) -> None:
+        self.host, self.trial, self.slot, self.storage, self.started = host, trial, slot, storage, started
         self.ranks, self.inbox = host.ranks, host.inbox
-        self.storage = TrialStorage(host.checkpoints, trial.trial, fingerprint(trial))
         self.clock = _Clock()
         self.evaluated: dict[str, Any] = {}
         self.predictions: dict[str, list[float]] = {}

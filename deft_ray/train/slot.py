@@ -29,6 +29,7 @@ from deft_ray.models.adapters import (
     Prompt,
     attach_adapter,
     detach_adapter,
+    load_adapter_weights,
     trainable_share,
     virtual_positions,
 )
@@ -40,6 +41,9 @@ from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batc
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.evaluation import Evaluation, Evaluator
 from deft_ray.train.ranks import Ranks
+
+#: Layer scales beside a saved adapter: λ by layer.
+SCALES_FILE = "layer_scales.json"
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,15 @@ class Slot:
         base: The host's base, without an adapter.
         data: The trial's task in tokens.
         ranks: The host's workers; all of them build the same slot.
+        start: Folder of a saved adapter to train on, where the trial starts from one.
     """
 
-    def __init__(self, trial: TrialSpec, base: Base, data: EncodedTask, ranks: Ranks) -> None:
+    def __init__(
+        self, trial: TrialSpec, base: Base, data: EncodedTask, ranks: Ranks, start: Path | None = None
+    ) -> None:
         self.trial, self.base, self.data, self.ranks = trial, base, data, ranks
         self.steps = planned_steps(trial, len(data.train))
-        self.done = 0
+        self.done, self._before = 0, round(trial.trained_before * self.steps)
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
         self.warning = warning_of(trial.deft, self.kind, base)
@@ -82,13 +89,13 @@ class Slot:
         self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed, lengths)
         seed_everything(trial.seed)
         with ExitStack() as undo:
-            self._build(undo)
+            self._build(undo, start)
             self._undo = undo.pop_all()
         if not ranks.leads:
             seed_everything(trial.seed * 1_000_003 + ranks.rank)
         self.engine.train()
 
-    def _build(self, undo: ExitStack) -> None:
+    def _build(self, undo: ExitStack, start: Path | None) -> None:
         """Put adapter, probe and engine on the base; whatever fails, ``undo`` takes off what is there."""
         train = self.trial.train
         self.model = attach_adapter(
@@ -103,6 +110,8 @@ class Slot:
         self.scales = self._build_scales()
         if self.scales is not None:
             undo.callback(self.scales.remove)
+        if start is not None:
+            self._take_over(start)
         self.probe = DensityProbe(self.base.sites, fused=self.trial.model.activation == "fused", scales=self.scales)
         undo.callback(self.probe.remove)
         self.activation = self.probe.activation
@@ -119,6 +128,13 @@ class Slot:
         )
         undo.callback(self.engine.destroy)
 
+    def _take_over(self, start: Path) -> None:
+        """Give adapter, head and layer scales the values of a saved adapter."""
+        load_adapter_weights(self.model, start)
+        scales = start / SCALES_FILE
+        if self.scales is not None and scales.is_file():
+            self.scales.set_values(json.loads(scales.read_text(encoding="utf-8")))
+
     def _build_scales(self) -> LayerScales | None:
         deft = self.trial.deft
         if not deft.adaptive:
@@ -134,7 +150,7 @@ class Slot:
         rate = self._learning_rate()
         set_learning_rate(self.engine, rate)
         alpha, approximation = self._alpha(), self._approximation()
-        examples = [self.data.train[index] for index in self._order.indices(self.done)]
+        examples = [self.data.train[index] for index in self._order.indices(self._before + self.done)]
         whole = self._step_sizes(examples)
         task_loss = density_loss = penalty_loss = 0.0
         for part in self._parts(examples, self.ranks.rank):
@@ -194,7 +210,7 @@ class Slot:
         """
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.scales is not None:
-            (folder / "layer_scales.json").write_text(json.dumps(self.lambdas(), indent=1), encoding="utf-8")
+            (folder / SCALES_FILE).write_text(json.dumps(self.lambdas(), indent=1), encoding="utf-8")
 
     def lambdas(self) -> dict[str, float]:
         """Return ADA-DEFT's layer scales by layer; none without. Inside :meth:`whole`."""

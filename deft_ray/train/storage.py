@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ class TrialStorage:
         with tempfile.TemporaryDirectory() as folder:
             self._copy(f"{self._folder}/step-{step:08d}", self._filesystem, folder, fs.LocalFileSystem())
             read(Path(folder))
+
+    @contextmanager
+    def adapter_of(self, trial: str) -> Iterator[Path]:
+        """Fetch the finished adapter of another trial into a temporary folder."""
+        there = f"{self._folder.rpartition('/')[0]}/{trial}/adapter"
+        with tempfile.TemporaryDirectory() as folder:
+            self._copy(there, self._filesystem, folder, fs.LocalFileSystem())
+            yield Path(folder)
 
     def publish_adapter(self, write: Callable[[Path], None]) -> str:
         """Store the finished adapter and drop the checkpoints; returns its URI. Rank 0 only."""

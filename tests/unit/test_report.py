@@ -82,6 +82,16 @@ def test_heading(tmp_path: Path) -> None:
     ]
 
 
+def test_a_path_is_told(tmp_path: Path) -> None:
+    path = [
+        make_record("t1", 0.8, 0.2, started_from="t0", steps=10),
+        make_record("t2", 0.8, 0.1, started_from="t1", steps=10),
+    ]
+    told = "- Path: 2 trials train on from another one, 10 steps each, as α rises"
+    assert told in report(tmp_path, [make_record("t0", 0.9, 0.9, baseline=True), *path])
+    assert "- Path" not in report(tmp_path, SWEEP)
+
+
 def test_causes_come_once_with_their_trials(tmp_path: Path) -> None:
     text = report(tmp_path, SWEEP)
     assert "- failed: ValueError: a\\|b (2×: t3, t4)\n- diverged: loss is nan at step 7 (1×: t5)" in text
