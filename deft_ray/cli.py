@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write front.csv, plots and report.md again, from records")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     report.add_argument("--replay-mlflow", action="store_true", help="write every record to MLflow again")
+    report.add_argument("--against", metavar="RUN_DIR", type=Path, help="set another sweep beside it in report.md")
     report.set_defaults(run=_report)
     return parser
 
@@ -63,7 +64,14 @@ def _report(options: argparse.Namespace) -> None:
     ref = ReferenceSection(**spec.get("reference", {})).point
     shared = spec["search"].get("scope") == "shared"
     together = across_tasks(records, spec["data"]["tasks"]) if shared else []
-    files = write_results(run_dir.path, name, [*records, *together], limit, ref=ref, model=spec["model"]["name"])
+    against = None
+    if options.against is not None:
+        other = RunDir(options.against)
+        if not other.records.is_file():
+            raise RecordsError(f"{options.against}: is no run directory; needs records.jsonl")
+        against = other.path.name, RecordLog(other.records).read()
+    model = spec["model"]["name"]
+    files = write_results(run_dir.path, name, [*records, *together], limit, ref=ref, model=model, against=against)
     if options.replay_mlflow:
         from deft_ray.tracking.client import default_tracking
         from deft_ray.tracking.mirror import Mirror, replay

@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS, PAGE, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "search.md", ROOT / "docs" / "images"
 
-OURS = "mo_tpe, mo_asha"
+OURS = ("mo_tpe, mo_asha", "mo_tpe")
+#: Results of whole sweeps.
+BESIDE = ("early_stopping", "search_path")
 PROBLEMS = {
     "nano": "recorded: 210 settings of α, ε, β, approximation, λ-init and learning rate, trained on the nano model's "
     "sentiment task for 81 steps; score limit 0.01; a budget of 120 trials",
@@ -49,24 +51,32 @@ def main() -> None:
     by_problem = {name: {run["method"]: run for run in result["runs"]} for name, result in results.items()}
     for name, runs in by_problem.items():
         draw(name, runs, IMAGES / f"search-{name}.png")
-    PAGE.write_text(page(next(iter(results.values())), by_problem, cost["runs"]), encoding="utf-8")
+    beside = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in BESIDE}
+    PAGE.write_text(page(results, by_problem, cost["runs"], beside), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)} and {len(by_problem)} plots")
 
 
-def page(result: dict[str, Any], by_problem: dict[str, Runs], cost: list[dict[str, Any]]) -> str:
+def page(
+    results: dict[str, dict[str, Any]],
+    by_problem: dict[str, Runs],
+    cost: list[dict[str, Any]],
+    beside: dict[str, dict[str, Any]],
+) -> str:
     """Return the page; what all results share is taken from one of them."""
+    result = next(iter(results.values()))
     lines = [
         "# How fast the search finds a front",
         "",
-        "Made by `python benchmarks/search/compare.py` and `python benchmarks/search/page.py`; the figures are in",
+        "Made by `python benchmarks/search/compare.py`, `paths.py` and `page.py` beside it; the figures are in",
         "`benchmarks/results/search_*.json`. The real schedule, searchers and rungs run without training: a clock of",
         "steps, four workers, and an oracle in place of a model. The recorded table is",
         "`benchmarks/search/nano_trials.parquet`, which `benchmarks/search/record.py` makes.",
         "",
-        f"Hypervolume of the feasible points (reference: score {result['reference'][0]:g}, density",
-        f"{result['reference'][1]:g}) as a share of the best known one: means over {result['seeds']} seeds with 95 %",
-        "intervals; *to 95 %*: the median over seeds of the training steps until 95 % of it is reached, and in how",
-        "many of them it was. The budget counts steps, not trials.",
+        "Hypervolume of the feasible points as a share of the best known one: means over",
+        f"{result['seeds']} seeds with 95 % intervals; *to 95 %*: the median over seeds of the training steps until",
+        "95 % of it is reached, and in how many of them it was. The budget counts steps, not trials. The reference",
+        "point is taken in two places: *whole* is score 0, density 1, where one good point may be nearly all there is;",
+        "*near* is the score limit and the baseline's density, where it takes the whole front.",
         f"Machine: {result['machine']['cores']} CPU cores ({result['machine']['cpu']}). Measured {result['at']}.",
         "",
         "| method | what it is |",
@@ -74,13 +84,20 @@ def page(result: dict[str, Any], by_problem: dict[str, Runs], cost: list[dict[st
         *(f"| {name} | {what} |" for name, what in METHODS.items()),
     ]
     for name, runs in by_problem.items():
-        lines += ["", f"## {name}", "", f"{PROBLEMS[name]}.".capitalize(), "", *table(runs, result["seeds"]), ""]
-        lines.append(f"![Hypervolume over steps, {name}](images/search-{name}.png)")
+        lines += ["", f"## {name}", "", f"{PROBLEMS[name]}.".capitalize()]
+        absent = [method for method in METHODS if method not in runs]
+        lines += [f"Not measured here: {', '.join(absent)}."] if absent else []
+        for which, point in results[name]["references"].items():
+            lines += ["", f"### {name}, {which}: reference score {point[0]:.3g}, density {point[1]:.3g}", ""]
+            lines += table(runs, which, result["seeds"])
+        lines += ["", f"![Hypervolume over steps, {name}](images/search-{name}.png)"]
+    lines += ["", "## Early stopping on real trainings", "", *stopping_table(beside["early_stopping"])]
+    lines += ["", "## Along a path", "", *path_table(beside["search_path"])]
     lines += ["", "## What asking costs", "", *costs(cost), ""]
     return "\n".join(lines)
 
 
-def table(runs: Runs, seeds: int) -> list[str]:
+def table(runs: Runs, which: str, seeds: int) -> list[str]:
     """Return one problem's table, methods by their steps to enough, then by what they reached."""
     steps = next(iter(runs.values()))["steps"]
     budget = steps[-1]
@@ -89,15 +106,55 @@ def table(runs: Runs, seeds: int) -> list[str]:
         f"| method | at {steps[early]:,} steps | at {budget:,} steps | to 95 % | of random's | of tpe's |",
         "|---|---|---|---|---|---|",
     ]
-    to_enough = {name: run["median_steps_to_enough"] for name, run in runs.items()}
-    ordered = sorted(runs, key=lambda name: (to_enough[name] or float("inf"), -runs[name]["mean"][-1]))
+    to_enough = {name: run[which]["median_steps_to_enough"] for name, run in runs.items()}
+    ordered = sorted(runs, key=lambda name: (to_enough[name] or float("inf"), -runs[name][which]["mean"][-1]))
     for name in ordered:
-        run, mine = runs[name], to_enough[name]
+        run, mine = runs[name][which], to_enough[name]
         reached = sum(steps is not None for steps in run["steps_to_enough"])
         cells = [f"{run['mean'][place]:.3f} ± {run['half_interval'][place]:.3f}" for place in (early, -1)]
         cells.append(f"{mine:,.0f} ({reached} of {seeds})" if mine is not None else f"not ({reached} of {seeds})")
         cells += [ratio(mine, to_enough.get(other)) for other in ("random", "tpe")]
-        lines.append(f"| {f'**{name}**' if name == OURS else name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {f'**{name}**' if name in OURS else name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def stopping_table(found: dict[str, Any]) -> list[str]:
+    """Return the table of one sweep with successive halving beside the same one without."""
+    lines = [
+        f"One nano sweep with `mo_asha`, TPE, `front_seeds: 3` and a score limit of {found['max_score_drop']:g},",
+        f"and the same without a scheduler (`{found['spec']}`); {found['pruned']} trials were stopped early.",
+        "",
+        "| task | steps with | without | saved | hypervolume with | without | lost | lowest density with | without |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["tasks"]:
+        mine, other = row["with"], row["without"]
+        cells = [row["task"], f"{mine['steps']:,}", f"{other['steps']:,}", f"{1 - mine['steps'] / other['steps']:.1%}"]
+        cells += [f"{mine['hypervolume']:.4f}", f"{other['hypervolume']:.4f}"]
+        cells.append(f"{1 - mine['hypervolume'] / other['hypervolume']:.2%}")
+        for one in (mine, other):
+            cells.append(
+                "–" if one["lowest_density"] is None else f"{one['lowest_density']:.4f} @ {one['its_score']:.4f}"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def path_table(paths: dict[str, Any]) -> list[str]:
+    """Return the table of a path beside training from scratch."""
+    alphas = sorted({point["alpha"] for row in paths["runs"] for point in row["points"]} - {0.0})
+    lines = [
+        f"The nano model, α of {', '.join(f'{alpha:g}' for alpha in alphas)} from scratch and along a path, three",
+        f"seeds (`{paths['spec']}`); *near*: reference {paths['near']:g} below the baseline's score, at its density.",
+        "",
+        "| task | way | steps beside the baselines | hypervolume | near | score @ density by rising α |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(paths["runs"], key=lambda row: row["task"]):
+        points = sorted((p for p in row["points"] if p["alpha"] > 0), key=lambda p: p["alpha"])
+        said = ", ".join(f"{p['score']:.3f} @ {p['density']:.3f}" for p in points)
+        areas = f"{row['hypervolume']:.4f} | {row['hypervolume_near']:.4f}"
+        lines.append(f"| {row['task']} | {row['way']} | {row['steps_beside_baselines']:,} | {areas} | {said} |")
     return lines
 
 
@@ -118,29 +175,37 @@ def costs(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(name: str, runs: Runs, path: Path) -> None:
-    """Draw the hypervolumes of one problem over steps."""
+    """Draw the hypervolumes of one problem over steps, for both reference points."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 4.6), dpi=150)
+    figure = Figure(figsize=(10.4, 4.6), dpi=130)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.12, 0.58, 0.8))
     halving = [method for method in runs if "asha" in method.lower()]
-    for styled, style in ((halving, "-"), ([method for method in runs if method not in halving], "--")):
-        for place, method in enumerate(m for m in styled if m != OURS):
-            axes.plot(
-                runs[method]["steps"], runs[method]["mean"], style, color=COLOURS[place % 5], lw=1.2, label=method
-            )
-    ours = runs[OURS]
-    low = [m - h for m, h in zip(ours["mean"], ours["half_interval"], strict=True)]
-    high = [m + h for m, h in zip(ours["mean"], ours["half_interval"], strict=True)]
-    axes.fill_between(ours["steps"], low, high, color=STRONG, alpha=0.2, lw=0)
-    axes.plot(ours["steps"], ours["mean"], "-", color=STRONG, lw=2.2, label=OURS)
-    axes.axhline(0.95, color="#333333", lw=0.6, ls=":")
-    axes.set(xscale="log", xlabel="training steps", ylabel="share of the best known hypervolume", title=name)
-    axes.set_ylim(max(0.0, min(run["mean"][0] for run in runs.values()) - 0.05), 1.02)
-    figure.legend(loc="center left", bbox_to_anchor=(0.68, 0.5), fontsize=8, frameon=False)
+    full = [method for method in runs if method not in halving]
+    for panel, which in enumerate(("whole", "near")):
+        axes = figure.add_axes((0.06 + 0.38 * panel, 0.12, 0.33, 0.79))
+        for styled, style in ((halving, "-"), (full, "--")):
+            for place, method in enumerate(m for m in styled if m not in OURS):
+                curve = runs[method][which]["mean"]
+                label = method if panel == 0 else None
+                axes.plot(runs[method]["steps"], curve, style, color=COLOURS[place % 5], lw=1.2, label=label)
+        for method, style in ((OURS[0], "-"), (OURS[1], "--")):
+            if method in runs:
+                _draw_ours(axes, runs[method]["steps"], runs[method][which], style, method if panel == 0 else None)
+        axes.axhline(0.95, color="#333333", lw=0.6, ls=":")
+        axes.set(xscale="log", xlabel="training steps", title=f"{name}, {which}")
+        axes.set_ylim(max(0.0, min(run[which]["mean"][0] for run in runs.values()) - 0.05), 1.02)
+        if panel == 0:
+            axes.set_ylabel("share of the best known hypervolume")
+    figure.legend(loc="center left", bbox_to_anchor=(0.79, 0.5), fontsize=8, frameon=False)
     figure.savefig(path)
+
+
+def _draw_ours(axes: Any, steps: list[int], run: dict[str, Any], style: str, label: str | None) -> None:
+    pairs = list(zip(run["mean"], run["half_interval"], strict=True))
+    axes.fill_between(steps, [m - h for m, h in pairs], [m + h for m, h in pairs], color=STRONG, alpha=0.15, lw=0)
+    axes.plot(steps, run["mean"], style, color=STRONG, lw=2.2, label=label)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from deft_ray.results import figures
 from deft_ray.results.across import ALL_TASKS
+from deft_ray.results.against import Found, compare_sweeps
 from deft_ray.results.figure_html import draw_html
 from deft_ray.results.figure_png import draw_png
 from deft_ray.results.files import file_stem, write_text
@@ -52,6 +53,7 @@ def write_results(
     ref: tuple[float, float] = REFERENCE,
     model: str = "",
     tracking_uri: str = "",
+    against: tuple[str, Sequence[Record]] | None = None,
 ) -> list[Path]:
     """Write ``front.csv``, ``hypervolume.csv``, ``pareto-<task>.html|png|csv`` and ``report.md``, each all or nothing.
 
@@ -65,12 +67,13 @@ def write_results(
         ref: Reference point of the hypervolume, score and density.
         model: Name of the model for the titles; taken from the records' settings if empty.
         tracking_uri: Where MLflow's data are, for the report; left out if empty.
+        against: Name and records of another sweep to set this one beside, in the report.
 
     Returns:
         The files written, ``front.csv`` first and ``report.md`` last.
 
     Raises:
-        RecordsError: If one task was measured in more than one dtype.
+        RecordsError: If one task was measured in more than one dtype, or the other sweep has no task of this one.
     """
     run_dir, records = Path(run_dir), list(records)
     found = with_paired_tests(points(records, max_score_drop), records, run_dir, max_score_drop or 0.0)
@@ -83,7 +86,16 @@ def write_results(
     for task in fronts:
         written += write_figures(run_dir, records, task, max_score_drop, model, ref)
     report = write_report(
-        run_dir, spec_name, records, found, max_score_drop, stop_reason, extra or {}, ref=ref, tracking_uri=tracking_uri
+        run_dir,
+        spec_name,
+        records,
+        found,
+        max_score_drop,
+        stop_reason,
+        extra or {},
+        ref=ref,
+        tracking_uri=tracking_uri,
+        against=against,
     )
     return [*written, report]
 
@@ -142,6 +154,7 @@ def write_report(
     *,
     ref: tuple[float, float] = REFERENCE,
     tracking_uri: str = "",
+    against: tuple[str, Sequence[Record]] | None = None,
 ) -> Path:
     """Write ``report.md`` of records and the points that were made of them; the rest as in :func:`write_results`.
 
@@ -151,6 +164,8 @@ def write_report(
     parts = [_heading(spec_name, records, max_score_drop, stop_reason, extra)]
     limit = max_score_drop or 0.0
     parts += [_task_part(task, _of(found, task), records, limit, ref) for task in _tasks(records)]
+    if against is not None:
+        parts.append(_beside(against[0], compare_sweeps(records, against[1], max_score_drop, ref)))
     parts += [_failures(records), _warnings(records), _time_split(records)]
     parts.append(_files(tracking_uri, (Path(run_dir) / "attainment.csv").is_file()))
     return write_text(Path(run_dir) / "report.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -186,10 +201,45 @@ def _heading(
         "Path": _path(records),
         "Score limit": _limit(max_score_drop),
         "Ended because": stop_reason,
+        "Early stopping": early_stopping(records),
         **extra,
     }
     lines = [f"- {_cell(name)}: {_cell(value)}" for name, value in facts.items() if value not in ("", None)]
     return "\n".join([f"# Sweep {_cell(spec_name)}", "", *lines])
+
+
+def early_stopping(records: Iterable[Record]) -> str:
+    """Say what the scheduler saved; nothing where it stopped no trial or lengths are in epochs."""
+    records = list(records)
+    pruned = [record for record in records if record.status == "pruned"]
+    saved = 0
+    for record in pruned:
+        planned = record.config.get("train.steps")
+        if not isinstance(planned, int):
+            return ""
+        saved += planned - record.steps
+    trained = sum(record.steps for record in records if record.task != ALL_TASKS)
+    if not saved:
+        return ""
+    share = saved / (saved + trained)
+    return f"{len(pruned)} trials pruned: {trained:,} steps trained, {saved:,} ({share:.0%}) saved"
+
+
+def _beside(name: str, compared: Mapping[str, tuple[Found, Found]]) -> str:
+    """Set this sweep beside another one."""
+    header = ["task", "sweep", "trials", "steps", "hypervolume", "lowest density within the limit", "its score"]
+    lines = [f"## Against {_cell(name)}", "", _line(header), _line(["---"] * len(header))]
+    for task, (here, there) in compared.items():
+        for which, found in (("this one", here), (name, there)):
+            low = found.lowest
+            ends = ["–", "–"] if low is None else [f"{low.density:.4f} ({low.name})", f"{low.score:.4f}"]
+            lines.append(_line([task, which, found.trials, f"{found.steps:,}", f"{found.hypervolume:.4f}", *ends]))
+        if there.steps and there.hypervolume:
+            steps, area = here.steps / there.steps - 1, here.hypervolume / there.hypervolume - 1
+            lines.append(
+                _line([task, "difference", here.trials - there.trials, f"{steps:+.1%}", f"{area:+.2%}", "", ""])
+            )
+    return "\n".join(lines)
 
 
 def _path(records: Sequence[Record]) -> str:

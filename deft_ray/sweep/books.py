@@ -96,7 +96,7 @@ class Books:
             self._with_all_tasks(),
             self.spec.constraint.max_score_drop,
             stop_reason,
-            {**extra, **early_stopping(self.records)},
+            extra,
             ref=self.spec.reference.point,
             model=self.spec.model.name,
             tracking_uri=self.tracking_uri,
@@ -156,22 +156,6 @@ class Books:
         on_front = [other.trial for other in mine if other.on_front]
         area = hypervolume(mine, self.spec.reference.point)
         self._mirror.front(record.task, on_front, area, step, at=record.ended_at)
-
-
-def early_stopping(records: list[Record]) -> dict[str, str]:
-    """Say what the scheduler saved, for the report; nothing where it stopped no trial or lengths are in epochs."""
-    pruned = [record for record in records if record.status == "pruned"]
-    saved = 0
-    for record in pruned:
-        planned = record.config.get("train.steps")
-        if not isinstance(planned, int):
-            return {}
-        saved += planned - record.steps
-    trained = sum(record.steps for record in records)
-    if not saved:
-        return {}
-    share = saved / (saved + trained)
-    return {"early stopping": f"{len(pruned)} trials pruned: {trained:,} steps trained, {saved:,} ({share:.0%}) saved"}
 
 
 def to_record(trial: TrialSpec, rows: list[dict[str, Any]]) -> Record:

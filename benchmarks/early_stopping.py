@@ -1,0 +1,81 @@
+"""What early stopping saves and what the front loses for it: one sweep with it and the same one without.
+
+    python benchmarks/early_stopping.py [--output runs/early_stopping]
+
+Runs benchmarks/early_stopping.yaml through the command, with `mo_asha` and with no scheduler, sets the one beside the
+other with ``deft-ray report --against``, and writes ``results/early_stopping.json``; benchmarks/search/page.py puts it
+on its page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from store import store
+
+from deft_ray.results.against import Found, compare_sweeps
+from deft_ray.results.records import RecordLog
+
+ROOT = Path(__file__).parents[1]
+SPEC = "benchmarks/early_stopping.yaml"
+
+
+def main() -> None:
+    """Run both sweeps and store what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "early_stopping")
+    given = parser.parse_args()
+    folders = {scheduler: run(scheduler, given.output / scheduler) for scheduler in ("none", "mo_asha")}
+    report = [
+        sys.executable,
+        "-m",
+        "deft_ray.cli",
+        "report",
+        str(folders["mo_asha"]),
+        "--against",
+        str(folders["none"]),
+    ]
+    subprocess.run(report, check=True, cwd=ROOT)
+    limit = yaml.safe_load((folders["none"] / "spec.yaml").read_text(encoding="utf-8"))["constraint"]["max_score_drop"]
+    records = {name: RecordLog(folder / "records.jsonl").read() for name, folder in folders.items()}
+    compared = compare_sweeps(records["mo_asha"], records["none"], limit)
+    store(
+        "early_stopping",
+        {
+            "spec": SPEC,
+            "max_score_drop": limit,
+            "pruned": sum(record.status == "pruned" for record in records["mo_asha"]),
+            "tasks": [
+                {"task": task, "with": told(found), "without": told(other)} for task, (found, other) in compared.items()
+            ],
+        },
+    )
+
+
+def run(scheduler: str, folder: Path) -> Path:
+    """Run one sweep, or the rest of it."""
+    command = [sys.executable, "-m", "deft_ray.sweep", SPEC, "--output", str(folder)]
+    command += ["--set", f"search.scheduler={scheduler}", *(["--resume"] if folder.exists() else [])]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def told(found: Found) -> dict[str, Any]:
+    """What the JSON keeps."""
+    low = found.lowest
+    return {
+        "trials": found.trials,
+        "steps": found.steps,
+        "hypervolume": found.hypervolume,
+        "lowest_density": None if low is None else low.density,
+        "its_score": None if low is None else low.score,
+    }
+
+
+if __name__ == "__main__":
+    main()
