@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 from store import store
+from sweeps import ROOT, run_sweep
 
 from deft_ray.results.against import Found, compare_sweeps
 from deft_ray.results.records import RecordLog
 
-ROOT = Path(__file__).parents[1]
 SPEC = "benchmarks/early_stopping.yaml"
 
 
@@ -59,9 +59,7 @@ def main() -> None:
 
 def run(scheduler: str, folder: Path) -> Path:
     """Run one sweep, or the rest of it."""
-    command = [sys.executable, "-m", "deft_ray.sweep", SPEC, "--output", str(folder)]
-    command += ["--set", f"search.scheduler={scheduler}", *(["--resume"] if folder.exists() else [])]
-    subprocess.run(command, check=True, cwd=ROOT)
+    run_sweep(SPEC, folder, {"search.scheduler": scheduler})
     return folder
 
 

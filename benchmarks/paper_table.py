@@ -14,14 +14,12 @@ import argparse
 import csv
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from store import head, store
+from sweeps import ROOT, run_sweep
 
-ROOT = Path(__file__).parents[1]
 SPEC = "benchmarks/glue_minilm.yaml"
 PUBLISHED = Path(__file__).parent / "published_table1.csv"
 #: With its learning rate; at 1e-3 LoRA does not learn STS-B (Pearson's r -0.12).
@@ -60,13 +58,11 @@ def run(kind: str, tasks: tuple[str, ...], given: argparse.Namespace) -> dict[st
         "data.dir": given.data,
         "search.seeds": f"[{given.seeds}]",
     }
-    command = [sys.executable, "-m", "deft_ray.sweep", SPEC, "--output", str(output)]
-    command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     commit = output.with_suffix(".commit")
     if not is_complete(output):
         commit.parent.mkdir(parents=True, exist_ok=True)
         commit.write_text(head())
-        subprocess.run([*command, *(["--resume"] if output.exists() else [])], check=True, cwd=ROOT)
+        run_sweep(SPEC, output, settings)
     records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
     return {
         "adapter": kind,

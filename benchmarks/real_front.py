@@ -9,15 +9,15 @@ JSON; benchmarks/results_page.py makes docs/results.md of it. Stopped in the mid
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from paper_table import TASKS
-from store import store
+from store import RESULTS, head, store
+from sweeps import ROOT, run_sweep
 
 from deft_ray.results.front import front, hypervolume, points
 from deft_ray.results.paired import paired_drop, with_paired_tests
@@ -25,8 +25,7 @@ from deft_ray.results.points import Point, merge
 from deft_ray.results.predictions import read_predictions
 from deft_ray.results.records import Record, RecordLog
 
-ROOT = Path(__file__).parents[1]
-SPEC = ROOT / "benchmarks" / "front_minilm.yaml"
+SPEC = "benchmarks/front_minilm.yaml"
 PLOTS = ROOT / "docs" / "images"
 #: What the published recipe is, among the settings that are searched.
 RECIPE = {"deft.approximation": "l0", "deft.alpha": 1.0, "deft.epsilon": 1e-7, "deft.alpha_delay": 0.0}
@@ -41,17 +40,17 @@ def main() -> None:
     parser.add_argument("--tasks", default="sst2,stsb")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real_front")
     given = parser.parse_args()
-    found = [sweep(task, given) for task in given.tasks.split(",")]
-    store("real_front", {"spec": str(SPEC.relative_to(ROOT)), "tasks": found})
+    file = RESULTS / "real_front.json"
+    found = {part["task"]: part for part in (json.loads(file.read_text())["tasks"] if file.is_file() else ())}
+    found |= {task: sweep(task, given) for task in given.tasks.split(",")}
+    store("real_front", {"spec": SPEC, "tasks": list(found.values())})
 
 
 def sweep(task: str, given: argparse.Namespace) -> dict[str, Any]:
     """Run one task's sweep, or the rest of it; returns what it found."""
     output = given.output / task
     settings = {"data.tasks": f"[{task}]", "model.name": given.encoder, "data.dir": given.data}
-    command = [sys.executable, "-m", "deft_ray.sweep", str(SPEC), "--output", str(output)]
-    command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    subprocess.run([*command, *(["--resume"] if output.exists() else [])], check=True, cwd=ROOT)
+    run_sweep(SPEC, output, settings)
     (PLOTS / f"real-front-{task}.png").write_bytes((output / f"pareto-{task}.png").read_bytes())
     return describe(task, output)
 
@@ -75,6 +74,7 @@ def describe(task: str, output: Path) -> dict[str, Any]:
         "dtype": records[0].dtype,
         "steps": records[0].steps,
         "trials": len(records),
+        "commit": head(),
         "hours": sum(record.wall_s for record in records) / 3600,
         "max_score_drop": limit,
         "reference": list(ref),

@@ -62,14 +62,15 @@ def _report(options: argparse.Namespace) -> None:
     records = RecordLog(run_dir.records).read()
     limit, name = spec["constraint"]["max_score_drop"], spec["name"]
     ref = ReferenceSection(**spec.get("reference", {})).point
-    shared = spec["search"].get("scope") == "shared"
-    together = across_tasks(records, spec["data"]["tasks"]) if shared else []
+    tasks, shared = spec["data"]["tasks"], spec["search"].get("scope") == "shared"
+    together = across_tasks(records, tasks) if shared else []
     against = None
     if options.against is not None:
         other = RunDir(options.against)
         if not other.records.is_file():
             raise RecordsError(f"{options.against}: is no run directory; needs records.jsonl")
-        against = other.path.name, RecordLog(other.records).read()
+        theirs = RecordLog(other.records).read()
+        against = other.path.name, [*theirs, *(across_tasks(theirs, tasks) if shared else ())]
     model = spec["model"]["name"]
     files = write_results(run_dir.path, name, [*records, *together], limit, ref=ref, model=model, against=against)
     if options.replay_mlflow:

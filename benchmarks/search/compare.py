@@ -35,6 +35,7 @@ from table import TABLE, load_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from store import RESULTS, store
+from store import head as store_head
 
 #: Settings of ``search`` by method.
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, and store nothing")
     given = parser.parse_args()
     methods = given.methods.split(";")
+    if not given.dry:
+        _check_stored(given.problems.split(","), methods, given.seeds)
     with ProcessPoolExecutor(given.processes) as pool:
         for name in given.problems.split(","):
             jobs = [(name, method, seed) for method in methods for seed in range(given.seeds)]
@@ -96,9 +99,22 @@ def _with_others(name: str, runs: list[dict[str, Any]], head: dict[str, Any]) ->
     """Put the stored rows of methods that were not run beside these, where they were measured alike; in our order."""
     file = RESULTS / f"{name}.json"
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    alike = stored and all(stored[key] == value for key, value in head.items())
-    rows = {row["method"]: row for row in [*(stored["runs"] if alike else []), *runs]}
+    alike = stored and all(stored.get(key) == value for key, value in head.items())
+    new = [{**row, "commit": store_head()} for row in runs]
+    rows = {row["method"]: row for row in [*(stored["runs"] if alike else []), *new]}
     return [rows[method] for method in [*METHODS, *RIVALS] if method in rows]
+
+
+def _check_stored(names: list[str], methods: list[str], seeds: int) -> None:
+    """Nothing that took hours is overwritten by a part of it that was measured otherwise."""
+    for name in names:
+        file = RESULTS / f"search_{name}.json"
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        lost = {row["method"] for row in stored.get("runs", ())} - set(methods)
+        if lost and stored.get("seeds") != seeds:
+            raise SystemExit(
+                f"{file.name} has {stored['seeds']} seeds of {', '.join(sorted(lost))}; give --dry, or them too"
+            )
 
 
 def load_problem(name: str) -> Problem:

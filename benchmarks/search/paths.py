@@ -9,23 +9,22 @@ writes ``results/search_path.json``; benchmarks/search/page.py puts it on its pa
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from store import store
+from sweeps import ROOT, run_sweep
 
 from deft_ray.results.front import front, hypervolume, points
 from deft_ray.results.points import Point, merge
 from deft_ray.results.records import RecordLog
 
-ROOT = Path(__file__).parents[2]
 SPEC = "benchmarks/search/paths.yaml"
 #: What a score may lose on the baseline; the reference point of the hypervolume lies there, at the baseline's density.
 NEAR = 0.05
-WAYS = {"from scratch": "search.sampler=grid", "along a path": "search.path=alpha"}
+WAYS = {"from scratch": {"search.sampler": "grid"}, "along a path": {"search.path": "alpha"}}
 
 
 def main() -> None:
@@ -37,11 +36,10 @@ def main() -> None:
     store("search_path", {"spec": SPEC, "near": NEAR, "runs": found})
 
 
-def run(name: str, setting: str, output: Path) -> list[dict[str, Any]]:
+def run(name: str, setting: dict[str, object], output: Path) -> list[dict[str, Any]]:
     """Run one way, or the rest of it; returns a row for each task."""
     folder = output / name.replace(" ", "-")
-    command = [sys.executable, "-m", "deft_ray.sweep", SPEC, "--output", str(folder), "--set", setting]
-    subprocess.run([*command, *(["--resume"] if folder.exists() else [])], check=True, cwd=ROOT)
+    run_sweep(SPEC, folder, setting)
     records = RecordLog(folder / "records.jsonl").read()
     found = points(records)
     return [

@@ -23,6 +23,8 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> Path:
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(aside)
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

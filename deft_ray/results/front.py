@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ REFERENCE = (0.0, 1.0)
 """Score and density of the hypervolume's reference point where a spec gives none."""
 
 _LEAST = 1e-9
-"""A knee that bends by less is rounding."""
+"""What is less is rounding: of a knee's bend, of a reference point's place."""
 
 
 def points(records: Iterable[Record], max_score_drop: float | None = None) -> list[Point]:
@@ -132,7 +133,7 @@ def misplaced_reference(
 ) -> list[str]:
     """Say where a reference point lies inside the front: what is admissible there would add nothing to a hypervolume.
 
-    The default one never does: it is the worst that there can be.
+    Of the default one nothing is asked, in the score nor in the density.
 
     Args:
         points: Points of any number of tasks; the baselines among them, as they were trained, are looked at.
@@ -145,15 +146,15 @@ def misplaced_reference(
     faults = []
     for point in merge(p for p in points if p.reference):
         least = (point.score or 0.0) - (max_score_drop or 0.0)
-        if ref[0] != REFERENCE[0] and ref[0] > least:
+        if ref[0] != REFERENCE[0] and ref[0] > least + _LEAST:
             less = f" less constraint.max_score_drop = {max_score_drop:g}" if max_score_drop else ""
             what = f"the baseline of {point.task} scores {point.score:.4g}{less}"
-            faults.append(f"reference.score: lies inside the front: {what} (got {ref[0]:g}); at most {least:.4g}")
-        if ref[1] != REFERENCE[1] and ref[1] < (point.density or 0.0):
-            what = f"the baseline of {point.task} has a density of {point.density:.4g}"
-            faults.append(
-                f"reference.density: lies inside the front: {what} (got {ref[1]:g}); at least that, at most 1"
-            )
+            most = math.floor(1e4 * (least + _LEAST)) / 1e4
+            faults.append(f"reference.score: lies inside the front: {what} (got {ref[0]:g}); at most {most:g}")
+        if ref[1] != REFERENCE[1] and ref[1] < (point.density or 0.0) - _LEAST:
+            what = f"the baseline of {point.task} has a density of {point.density:.4g} (got {ref[1]:g})"
+            enough = math.ceil(1e4 * ((point.density or 0.0) - _LEAST)) / 1e4
+            faults.append(f"reference.density: lies inside the front: {what}; at least {enough:g}, at most 1")
     return faults
 
 

@@ -80,6 +80,7 @@ def write_results(
     fronts = {task: front(_of(found, task)) for task in _tasks(records)}
     written = [write_front_csv(run_dir / "front.csv", fronts, settings=varying(found))]
     attained = {task: attainment(_of(found, task)) for task in fronts}
+    (run_dir / "attainment.csv").unlink(missing_ok=True)
     if any(attained.values()):
         written.append(_write_attainment(run_dir / "attainment.csv", attained))
     written.append(_write_history(run_dir / "hypervolume.csv", records, max_score_drop, ref))
@@ -165,7 +166,7 @@ def write_report(
     limit = max_score_drop or 0.0
     parts += [_task_part(task, _of(found, task), records, limit, ref) for task in _tasks(records)]
     if against is not None:
-        parts.append(_beside(against[0], compare_sweeps(records, against[1], max_score_drop, ref)))
+        parts.append(_beside(against[0], compare_sweeps(records, against[1], max_score_drop, ref), limit))
     parts += [_failures(records), _warnings(records), _time_split(records)]
     parts.append(_files(tracking_uri, (Path(run_dir) / "attainment.csv").is_file()))
     return write_text(Path(run_dir) / "report.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -225,9 +226,9 @@ def early_stopping(records: Iterable[Record]) -> str:
     return f"{len(pruned)} trials pruned: {trained:,} steps trained, {saved:,} ({share:.0%}) saved"
 
 
-def _beside(name: str, compared: Mapping[str, tuple[Found, Found]]) -> str:
+def _beside(name: str, compared: Mapping[str, tuple[Found, Found]], limit: float) -> str:
     """Set this sweep beside another one."""
-    header = ["task", "sweep", "trials", "steps", "hypervolume", "lowest density within the limit", "its score"]
+    header = ["task", "sweep", "trials", "steps", "hypervolume", f"lowest density within {limit:g}", "its score"]
     lines = [f"## Against {_cell(name)}", "", _line(header), _line(["---"] * len(header))]
     for task, (here, there) in compared.items():
         for which, found in (("this one", here), (name, there)):
@@ -244,7 +245,7 @@ def _beside(name: str, compared: Mapping[str, tuple[Found, Found]]) -> str:
 
 def _path(records: Sequence[Record]) -> str:
     onward = [record.steps for record in records if record.started_from]
-    return f"{len(onward)} trials train on from another one, {max(onward)} steps each, as α rises" if onward else ""
+    return f"{len(onward)} trials train on from another one as α rises, for up to {max(onward)} steps" if onward else ""
 
 
 def _limit(max_score_drop: float | None) -> str:

@@ -90,7 +90,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         space={dotted: str(domain) for dotted, domain in spec.space.items()},
         hosts=hosts,
         workers=resources.workers_per_host,
-        slots=hosts * resources.slots_per_host,
+        slots=_slots(spec, hosts),
         resources=f"{resources.cpus_per_worker} CPU" + (f", {gpus} GPU" if gpus else ""),
         output=output,
         storage=spec.storage or output,
@@ -114,6 +114,12 @@ def count_hosts(spec: SweepSpec, machine: Machine) -> int:
     if gpus:
         room = min(room, machine.gpus // (gpus * resources.workers_per_host))
     return max(1, room)
+
+
+def _slots(spec: SweepSpec, hosts: int) -> int:
+    """Trials at once: of a path one, however many hosts there are."""
+    slots = hosts * spec.resources.slots_per_host
+    return slots if spec.search.path is None else min(slots, len(spec.data.tasks) * len(spec.search.seeds))
 
 
 def _further(front_seeds: int | None) -> str:

@@ -73,12 +73,14 @@ def resolve_trial(
 def _on_path(trial: TrialSpec, share: float, start_from: str, place: int) -> TrialSpec:
     """Shorten a trial to its part of a path: a baseline's whole training and ``place`` such parts went before."""
     steps, epochs = trial.train.steps, trial.train.epochs
-    shorter = {
-        "steps": None if steps is None else max(1, round(share * steps)),
-        "epochs": None if epochs is None else share * epochs,
-    }
-    train = trial.train.model_copy(update=shorter)
-    return trial.model_copy(update={"train": train, "start_from": start_from, "trained_before": 1.0 / share + place})
+    if steps is not None:
+        part = max(1, round(share * steps))
+        train = trial.train.model_copy(update={"steps": part})
+        return trial.model_copy(update={"train": train, "start_from": start_from, "steps_before": steps + place * part})
+    assert epochs is not None
+    train = trial.train.model_copy(update={"epochs": share * epochs})
+    before = epochs * (1.0 + place * share)
+    return trial.model_copy(update={"train": train, "start_from": start_from, "epochs_before": before})
 
 
 def rung_shares(spec: SweepSpec) -> tuple[float, ...]:

@@ -285,7 +285,8 @@ class TrialSpec(Section):
         setting: The trial that has the same settings with the first seed.
         judged_at: Threshold of the score and density that the search is about; 0 for exact zeros.
         start_from: Trial whose adapter it trains on; empty where it begins with a fresh one.
-        trained_before: Steps that the training went on before it, in units of its own.
+        steps_before: Steps for which it was trained before, where its length is in steps.
+        epochs_before: Epochs, where it is in epochs.
     """
 
     trial: str
@@ -296,7 +297,8 @@ class TrialSpec(Section):
     setting: str = ""
     judged_at: float = 0.0
     start_from: str = ""
-    trained_before: float = 0.0
+    steps_before: int = 0
+    epochs_before: float = 0.0
     dial: DialSection = DialSection()
     model: ModelSection
     data: DataSection

@@ -87,7 +87,12 @@ def _path(view: View) -> Iterator[Fault]:
         yield ("search", "path"), f"needs deft.alpha as the only leaf that is searched (searched: {searched})"
         return
     domain = view.space["deft.alpha"]
-    if not all(is_number(value) and float(value) > 0 for value in domain.args):
+    if domain.kind == "randint":
+        yield (
+            ("deft", "alpha"),
+            f"is no range of whole numbers on a path (got {domain}); allowed: choice, uniform, loguniform",
+        )
+    elif not all(is_number(value) and float(value) > 0 for value in domain.args):
         yield ("deft", "alpha"), f"must be above 0 on a path, which begins at the baseline's 0 (got {domain})"
     for leaf in ("sampler", "startup_trials", "scheduler", "front_seeds", "warm_start", "try_first"):
         value = view.get(f"search.{leaf}")
@@ -96,6 +101,13 @@ def _path(view: View) -> Iterator[Fault]:
                 ("search", leaf),
                 f"means nothing on a path, whose points are all known (got {show(value)}); leave it out",
             )
+    for leaf in ("alpha_decoder", "alpha_delay", "alpha_ramp", "epsilon_end"):
+        if view.get(f"deft.{leaf}"):
+            what = f"means nothing on a path (got {show(view.get(f'deft.{leaf}'))})"
+            yield ("deft", leaf), f"{what}: it would begin anew at each point; leave it out"
+    if view.get("budget.stall_trials"):
+        what = f"would end a path at its beginning, near the baseline (got {show(view.get('budget.stall_trials'))})"
+        yield ("budget", "stall_trials"), f"{what}; leave it out"
     if domain.kind == "choice" and view.get("search.trials") not in (None, section["trials"]):
         yield ("search", "trials"), "means nothing where deft.alpha is a choice: a path has each of its values once"
 

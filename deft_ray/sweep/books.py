@@ -111,8 +111,11 @@ class Books:
         return self._mirror.close()
 
     def misplaced_reference(self) -> list[str]:
-        """Say where the spec's reference point lies inside the front, by the baselines so far."""
-        limit, baselines = self.spec.constraint.max_score_drop, [r for r in self.records if r.baseline]
+        """Say where the spec's reference point lies inside the front, by the baselines once all have ended."""
+        if not self.schedule.has_baselines:
+            return []
+        limit = self.spec.constraint.max_score_drop
+        baselines = [record for record in self.records if record.baseline and not is_front_trial(record.trial)]
         return misplaced_reference(compare(baselines), limit, self.spec.reference.point)
 
     def summary(self) -> list[str]:

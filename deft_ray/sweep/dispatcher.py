@@ -21,6 +21,7 @@ class Dispatcher:
         self._board = Board()
         self._changed = asyncio.Condition()
         self._hosts_ended: dict[str, str | None] = {}
+        self._predictions: dict[str, dict[str, list[float]]] = {}
 
     async def submit(self, trial: str, spec: str) -> None:
         """Queue a trial."""
@@ -36,8 +37,15 @@ class Dispatcher:
 
     async def add_row(self, trial: str, attempt: int, row: Row) -> bool:
         """Take a host's row; False tells the host that nobody wants it any more."""
+        predictions = row.pop("predictions", None)
         taken: bool = await self._change(lambda: self._board.add_row(trial, attempt, row))
+        if taken and predictions:
+            self._predictions[trial] = predictions
         return taken
+
+    async def predictions(self, trial: str) -> dict[str, list[float]]:
+        """Return what came with a trial's last row, but not to Tune, which keeps all rows and writes them down."""
+        return self._predictions.get(trial, {})
 
     async def rows(self, trial: str, after: int) -> list[Row]:
         """Wait for rows of a trial from number ``after`` on; empty if there were none for a while."""
@@ -47,6 +55,7 @@ class Dispatcher:
     async def forget(self, trial: str) -> None:
         """Drop an ended trial's rows."""
         self._board.forget(trial)
+        self._predictions.pop(trial, None)
 
     async def cancel(self, trial: str) -> None:
         """Stop a trial."""

@@ -75,7 +75,9 @@ class RunDir:
             if not path.startswith(_MAY_CHANGE) and not (extend and path == "search.trials")
         ]
         before, here = there.get("search", {}).get("trials"), spec.search.trials
-        if extend and (not isinstance(before, int) or here < before or (here == before and not resume)):
+        if extend and spec.search.path is not None:
+            faults.append(f"{self.path}: search.path: a path is not extended: more trials would move its values of α")
+        elif extend and (not isinstance(before, int) or here < before or (here == before and not resume)):
             faults.append(f"{self.path}: search.trials: is {here} now, was {before}; --extend needs more than before")
         if faults:
             raise SetupError("\n".join(faults))

@@ -225,6 +225,7 @@ class _Sweep:
                 self._tuned.set()
                 watch.join()
                 self._end_hosts(ray, dispatcher, hosts)
+            self._drop_checkpoints(settings.checkpoints)
         finally:
             # A thread that still waits for Ray would take the whole process down with it: the command's end does then.
             if not any(host.is_alive() for host in hosts):
@@ -239,6 +240,16 @@ class _Sweep:
         deadline = time.monotonic() + _END_S
         for host in hosts:
             host.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _drop_checkpoints(self, root: str) -> None:
+        """Delete the checkpoints of trials whose record is final and which left no adapter; the hosts have ended."""
+        from deft_ray.train.storage import drop_trials
+
+        lost = [record.trial for record in self.books.records if record.status in ("failed", "diverged", "pruned")]
+        try:
+            drop_trials(root, lost)
+        except OSError as error:
+            _log.warning("%s: the checkpoints of %s stay: %s", root, ", ".join(lost), error)
 
     def _start_ray(self, ray: Any) -> None:
         resources = self.spec.resources

@@ -193,5 +193,7 @@ class BookKeeper(_StaysHere, tune.Callback):
         if last is not None:
             self._dispatcher.cancel.remote(name)
             rows.append(last)
+        elif rows[-1]["status"] == "complete":
+            rows[-1]["predictions"] = ray.get(self._dispatcher.predictions.remote(name))
         self._dispatcher.forget.remote(name)
         self._ended(TrialSpec.model_validate_json(trial.config["spec"]), rows)

@@ -25,12 +25,15 @@ Known = tuple[list[Record], list[Record]]
 
 
 def known_points(records: Iterable[Record], tasks: Iterable[str]) -> list[Known]:
-    """Return the ended points of some tasks that have their baselines, in the order of their first records."""
+    """Return the ended points of some tasks that have their baselines, in the order of their first records.
+
+    A path's points are left out: what they found takes the training that went before them.
+    """
     records, tasks = list(records), set(tasks)
     baselines = {(r.task, r.seed, r.dtype): r for r in records if r.baseline and r.status == "complete"}
     points: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record.task in tasks and not record.baseline:
+        if record.task in tasks and not record.baseline and not record.started_from:
             points.setdefault((record.task, record.setting or record.trial), []).append(record)
     found = []
     for results in points.values():

@@ -43,9 +43,11 @@ class Evaluation:
         scores: Fractions by metric, the task's own first.
         counts: Exact counts per layer.
         generated: ``[non-zero, total]`` of the decoder while it wrote its answers; zeros where nothing is generated.
-        each: What the model said of each example: a class or a value, and of a question the F1 of its answer.
+        each: What the model said of each example: a class or a value, and of a question the F1 of its answer; empty
+            where it was not asked for.
         dial: Score and density by threshold, on the validation and on the calibration split; empty without the dial.
-        predictions: ``label`` of each validation example, questions excepted, and ``each`` by threshold, 0 among them.
+        predictions: ``label`` of each validation example, questions excepted, and ``each`` by threshold, 0 among them;
+            empty where they were not asked for.
     """
 
     scores: dict[str, float]
@@ -107,44 +109,45 @@ class Evaluator:
     target_length: int | None = None
 
     @torch.no_grad()
-    def evaluate(self, taus: Sequence[float] = ()) -> Evaluation:
+    def evaluate(self, taus: Sequence[float] = (), predictions: bool = False) -> Evaluation:
         """Evaluate on the validation split, and on those beside it; every rank gets the whole result.
 
         Args:
             taus: Thresholds of the dial: at each, and at 0, the model is evaluated on the validation and on the
                 calibration split with all activations of at most this magnitude set to zero. Empty for no dial.
+            predictions: Whether to keep what was said of each validation example.
 
         Raises:
             FloatingPointError: On every rank, if the model says what is no number.
         """
         self.model.eval()
-        found = self._evaluate(self.data.validation)
+        found = self._evaluate(self.data.validation, predictions)
         scores = dict(found.scores)
         for suffix, examples in self.data.beside.items():  # density is that of the validation split alone
             beside = self._evaluate(examples)
             scores |= {f"{metric}_{suffix}": score for metric, score in beside.scores.items()}
-        predictions, dial = {tau_key(0.0): found.each}, dict[str, dict[str, float]]()
-        if self.data.task.kind != "question":
-            predictions["label"] = [example.label for example in self.data.validation]
+        dial, said = dict[str, dict[str, float]](), {tau_key(0.0): found.each} if predictions else {}
+        if predictions and self.data.task.kind != "question":
+            said["label"] = [example.label for example in self.data.validation]
         for tau in (0.0, *taus) if taus else ():
-            dialled, calibrated = self._dialled(tau, found)
+            dialled, calibrated = self._dialled(tau, found, predictions)
             dial[tau_key(tau)] = {
                 "score": dialled.point[0],
                 "density": dialled.point[1],
                 "calibration_score": calibrated.point[0],
                 "calibration_density": calibrated.point[1],
             }
-            predictions[tau_key(tau)] = dialled.each
+            said |= {tau_key(tau): dialled.each} if predictions else {}
         self.model.train()
-        return Evaluation(scores, found.counts, found.generated, found.each, dial, predictions)
+        return Evaluation(scores, found.counts, found.generated, found.each, dial, said)
 
-    def _dialled(self, tau: float, exact: Evaluation) -> tuple[Evaluation, Evaluation]:
+    def _dialled(self, tau: float, exact: Evaluation, each: bool) -> tuple[Evaluation, Evaluation]:
         """Evaluate at one threshold on the validation and on the calibration split."""
         with self.probe.thresholding(tau):
-            found = exact if tau == 0.0 else self._evaluate(self.data.validation)
+            found = exact if tau == 0.0 else self._evaluate(self.data.validation, each)
             return found, self._evaluate(self.data.calibration)
 
-    def _evaluate(self, examples: list[Example]) -> Evaluation:
+    def _evaluate(self, examples: list[Example], each: bool = False) -> Evaluation:
         device = self.ranks.device
         counts = DensityCounts.empty(self.probe.names, device)
         generated = torch.zeros(2, dtype=torch.int64, device=device)
@@ -152,8 +155,8 @@ class Evaluator:
         counts.rows = self.ranks.total(counts.rows)
         if any(value != value for value in predictions):
             raise FloatingPointError("the model's outputs are not finite in the evaluation")
-        scores, each = self._score(examples, predictions)
-        return Evaluation(scores, counts, self.ranks.total(generated), each)
+        scores, said = self._score(examples, predictions, each)
+        return Evaluation(scores, counts, self.ranks.total(generated), said)
 
     def _predictions(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         """Predict a split, every rank its batches; every rank gets all predictions, in order."""
@@ -169,21 +172,20 @@ class Evaluator:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         yield from batches[self.ranks.rank :: self.ranks.world]
 
-    def _score(self, examples: list[Example], predictions: list[Prediction]) -> tuple[dict[str, float], list[float]]:
-        """Scores by metric, and what was said of each example; see :class:`Evaluation`."""
+    def _score(
+        self, examples: list[Example], predictions: list[Prediction], each: bool
+    ) -> tuple[dict[str, float], list[float]]:
+        """Scores by metric, and where they are asked for what was said of each example; see :class:`Evaluation`."""
         metrics = (self.data.task.metric, *self.data.task.extra_metrics)
         if self.data.task.kind == "question":
             answers = [value for value in predictions if isinstance(value, Answer)]
             found = surest_answers([example.row for example in examples], answers)
             gold = {example.row: example.answers for example in examples}
-            answers_gold = [gold[row] for row in found]
-            scores = score_answers(list(found.values()), answers_gold)
-            each = [
-                score_answers([text], [known])["f1"] for text, known in zip(found.values(), answers_gold, strict=True)
-            ]
-            return {metric: scores[metric] for metric in metrics}, each
+            scores = score_answers(list(found.values()), [gold[row] for row in found])
+            one_by_one = [score_answers([text], [gold[row]])["f1"] for row, text in found.items()] if each else []
+            return {metric: scores[metric] for metric in metrics}, one_by_one
         values = [value for value in predictions if isinstance(value, float)]
-        return score_labels(metrics, values, [example.label for example in examples]), values
+        return score_labels(metrics, values, [example.label for example in examples]), values if each else []
 
     def _predict(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         side = self.base.family.side

@@ -122,7 +122,8 @@ class Host:
             torch.cuda.reset_peak_memory_stats()
         storage = TrialStorage(self.checkpoints, trial.trial, fingerprint(trial))
         with ExitStack() as fetched:
-            start = fetched.enter_context(storage.adapter_of(trial.start_from)) if trial.start_from else None
+            fresh = self.ranks.share(self.ranks.leads and storage.latest() is None)
+            start = fetched.enter_context(storage.adapter_of(trial.start_from)) if trial.start_from and fresh else None
             slot = Slot(trial, self.base, self._task(trial), self.ranks, start)
         try:
             _Run(self, trial, slot, storage, started).to_end()
@@ -237,7 +238,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         began = time.monotonic()
-        found = self.slot.evaluate(self._taus())
+        found = self.slot.evaluate(self._taus(), predictions=self.slot.done == self.slot.steps)
         self.evaluated, self.predictions = found.row(), found.predictions
         self.clock.eval_s += time.monotonic() - began
         rung = self.rungs.get(self.slot.done)
@@ -255,12 +256,11 @@ class _Run:
 
     def _save(self) -> None:
         began = time.monotonic()
-        last = self.predictions if self.slot.done == self.slot.steps else {}
         meta = {
             "clock": vars(self.clock),
             "evaluated": self.evaluated,
             "rung_rows": self.judged,
-            "predictions": last,
+            "predictions": self.predictions,
         }
         self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
         self.clock.save_s += time.monotonic() - began
@@ -281,7 +281,7 @@ class _Run:
                     **self.evaluated,
                     **self._facts(),
                     adapter=adapter,
-                    predictions=self.predictions if status == "complete" else {},
+                    predictions=self.predictions,
                     lambda_layers=lambdas,
                     peak_memory_gib=peak,
                 )

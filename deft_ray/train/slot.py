@@ -79,7 +79,7 @@ class Slot:
     ) -> None:
         self.trial, self.base, self.data, self.ranks = trial, base, data, ranks
         self.steps = planned_steps(trial, len(data.train))
-        self.done, self._before = 0, round(trial.trained_before * self.steps)
+        self.done, self._before = 0, trial.steps_before or steps_of(trial.epochs_before, trial, len(data.train))
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
         self.warning = warning_of(trial.deft, self.kind, base)
@@ -171,10 +171,10 @@ class Slot:
         self.done += 1
         return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
 
-    def evaluate(self, taus: Sequence[float] = ()) -> Evaluation:
-        """Evaluate on the validation split, over all ranks; with the dial at these thresholds, if there are any."""
+    def evaluate(self, taus: Sequence[float] = (), predictions: bool = False) -> Evaluation:
+        """Evaluate on the validation split, over all ranks; arguments as of :meth:`Evaluator.evaluate`."""
         with self.whole():
-            return self._evaluator().evaluate(taus)
+            return self._evaluator().evaluate(taus, predictions)
 
     def _evaluator(self) -> Evaluator:
         data = self.trial.data
@@ -304,7 +304,12 @@ def planned_steps(trial: TrialSpec, examples: int) -> int:
     if trial.train.steps is not None:
         return trial.train.steps
     assert trial.train.epochs is not None
-    return max(1, -(-int(trial.train.epochs * examples) // trial.train.batch_size))
+    return max(1, steps_of(trial.train.epochs, trial, examples))
+
+
+def steps_of(epochs: float, trial: TrialSpec, examples: int) -> int:
+    """Steps of a trial in so many epochs, rounded up."""
+    return -(-int(epochs * examples) // trial.train.batch_size)
 
 
 def split_batch(trial: TrialSpec, world: int) -> tuple[int, int]:

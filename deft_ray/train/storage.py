@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,22 @@ class TrialStorage:
         with self._filesystem.open_output_stream(aside) as stream:
             stream.write(json.dumps(value).encode())
         self._filesystem.move(aside, f"{self._folder}/{name}")
+
+
+def drop_trials(root: str, trials: Iterable[str]) -> None:
+    """Delete all that lies in storage of these trials; those that have nothing there are passed over.
+
+    Args:
+        root: Folder or URI that holds all trials' folders.
+        trials: Their ids.
+
+    Raises:
+        OSError: If the storage does not answer.
+    """
+    filesystem, path = resolve(root)
+    for trial in trials:
+        if filesystem.get_file_info(f"{path}/{trial}").type == fs.FileType.Directory:
+            filesystem.delete_dir(f"{path}/{trial}")
 
 
 def resolve(root: str) -> tuple[fs.FileSystem, str]:

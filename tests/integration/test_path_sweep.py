@@ -36,7 +36,10 @@ def test_a_path_goes_on_from_point_to_point(tmp_path: Path) -> None:
     assert losses["t0001"] < losses["t0000"] - 0.1, "it does not begin anew"
     densities = [record["density"] for record in found]
     assert densities == sorted(densities, reverse=True)
-    assert "- Path: 3 trials train on from another one, 10 steps each" in (tmp_path / "run" / "report.md").read_text()
+    assert (
+        "- Path: 3 trials train on from another one as α rises, for up to 10 steps"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
 
 
 def first_loss(run: Path, trial: str) -> float:

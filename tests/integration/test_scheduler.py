@@ -50,6 +50,7 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
         assert record["wall_s"] > record["times"]["train_s"] + record["times"]["eval_s"] > 0
         assert (record["activation"], record["host"]) == (found[0]["activation"], found[0]["host"])
         assert record["versions"] == found[0]["versions"]
+        assert not (whole / "checkpoints" / record["trial"]).exists()
     saved = sum(18 - record["steps"] for record in pruned)
     trained = len(everything) * 18 - saved
     assert f"{len(pruned)} trials pruned: {trained} steps trained, {saved} (" in (whole / "report.md").read_text()
@@ -65,6 +66,9 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
         points = {(row["trial"], row["tau"]) for row in rows}
     assert {row["seeds"] for row in rows} == {"2"}, "whoever stands on the front has both seeds"
     assert all(0 < float(row["front_probability"]) <= 1 for row in rows)
+    tested = [row for row in rows if row["baseline"] == "False" or row["tau"] != "0.0"]
+    assert all(float(row["drop_low"]) <= float(row["score_drop"]) <= float(row["drop_high"]) for row in tested)
+    assert all(0 <= float(row["p_worse"]) <= 1 for row in tested)
     assert {float(tau) for _, tau in points} <= {0.0, 0.01, 0.05}
     assert any(float(tau) for _, tau in points), "a threshold is on the front"
     assert "of the baseline with thresholds alone" in (whole / "report.md").read_text()

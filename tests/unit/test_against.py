@@ -59,7 +59,7 @@ def test_the_report_says_both(tmp_path: Path) -> None:
     assert "- Early stopping: 2 trials pruned: 220 steps trained, 140 (39%) saved" in text
     area, whole = 0.9 * 0.5, 0.9 * 0.5 + 0.89 * 0.3
     assert text.split("## Against without\n")[1].strip().split("\n\n")[0].splitlines() == [
-        "| task | sweep | trials | steps | hypervolume | lowest density within the limit | its score |",
+        "| task | sweep | trials | steps | hypervolume | lowest density within 0.02 | its score |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         f"| rte | this one | 4 | 220 | {area:.4f} | 0.5000 (t1) | 0.9000 |",
         f"| rte | without | 4 | 360 | {whole:.4f} | 0.2000 (t2) | 0.8900 |",

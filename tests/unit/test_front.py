@@ -199,9 +199,14 @@ def test_a_reference_point_inside_the_front_is_told() -> None:
         "reference.score: lies inside the front: the baseline of cola scores 0.7 less constraint.max_score_drop = 0.05 "
         "(got 0.66); at most 0.65",
         "reference.density: lies inside the front: the baseline of cola has a density of 0.99 (got 0.9); "
-        "at least that, at most 1",
+        "at least 0.99, at most 1",
     ]
     assert [fault.split(":")[0] for fault in misplaced_reference(found, None, (0.95, 1.0))] == ["reference.score"] * 2
+    odd = points([make_record("t0", 0.917456, 0.87654, baseline=True)])
+    assert [fault.split("at ")[1:] for fault in misplaced_reference(odd, 0.01, (0.95, 0.5))] == [
+        ["most 0.9074"], ["least 0.8766, ", "most 1"]
+    ], "what is told can be given"  # fmt: skip
+    assert misplaced_reference(points([make_record("t0", 0.95, 0.9, baseline=True)]), 0.05, (0.9, 0.9)) == []
     collapsed = points([make_record("t0", -0.1, 1.0, baseline=True)])
     assert misplaced_reference(collapsed, None) == [], "the default asks nothing of a baseline"
 

@@ -16,15 +16,16 @@ from deft_ray.results.predictions import read_predictions, write_predictions
 from deft_ray.results.records import Record
 from deft_ray.tasks.scoring import score_labels
 
-METRICS = ["accuracy", "f1", "matthews", "pearson"]
+METRICS = ["accuracy", "f1", "matthews", "pearson", "spearman"]
 
 
 def answers(metric: str, size: int, errors: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """True labels, and what a model says that is wrong so often."""
     dice = np.random.default_rng(seed)
     true = np.random.default_rng(99).integers(2, size=size).astype(np.float64)
-    if metric == "pearson":
-        return true * 5, true * 5 + 4 * errors * dice.standard_normal(size)
+    if metric in ("pearson", "spearman"):
+        graded = np.random.default_rng(98).integers(26, size=size) / 5  # with ties, as STS-B has them
+        return graded, graded + 6 * errors * dice.standard_normal(size)
     return true, np.where(dice.random(size) < errors, 1 - true, true)
 
 
@@ -113,6 +114,10 @@ def test_equal_models_are_not_worse_and_questions_have_means() -> None:
 def test_what_was_not_kept_or_is_of_other_examples_is_not_tested() -> None:
     mine, tau, other, at = pair("accuracy", 20)
     assert paired_drop("accuracy", []) is None
+    one = {"label": np.ones(1), "0": np.ones(1)}
+    assert paired_drop("accuracy", [(one, 0.0, one, 0.0)]) is None
+    with pytest.raises(ValueError, match="no paired test for 'bleu'"):
+        paired_drop("bleu", [(mine, tau, other, at)])
     assert paired_drop("accuracy", [({}, 0.0, other, at)]) is None
     assert paired_drop("accuracy", [(mine, 0.2, other, at)]) is None, "no such threshold"
     assert paired_drop("accuracy", [(mine, tau, {**other, "label": 1 - other["label"]}, at)]) is None
@@ -158,6 +163,16 @@ def test_points_of_a_sweep(tmp_path: Path) -> None:
     assert two.drop_high == pytest.approx(float(np.quantile(drops, 0.975)), abs=0.005)
     assert two.p_worse == pytest.approx(sum(drop > 0.05 + 1e-9 for drop in drops) / 3000, abs=0.03)
     assert on_front["t4"].p_worse == pytest.approx(1.0, abs=0.1), "ten of a hundred worse, five allowed"
+
+
+def test_torn_predictions_cost_the_test_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for trial in ("t0", "t1"):
+        write_predictions(tmp_path, trial, {"label": [0.0, 1.0, 1.0], "0": [0.0, 1.0, 0.0]})
+    (tmp_path / "predictions" / "t1.parquet").write_bytes(b"")
+    records = [record("t0", 0.9, 0.9, baseline=True), record("t1", 0.9, 0.5)]
+    found = with_paired_tests(points(records), records, tmp_path, 0.0)
+    assert [point.p_worse for point in found] == [None, None]
+    assert "no paired test of t1" in caplog.text
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:

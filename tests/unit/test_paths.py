@@ -78,6 +78,10 @@ def test_a_choice_is_taken_in_order_and_whole() -> None:
             "deft.alpha, deft.epsilon",
         ),
         ({"deft": {"alpha": {"uniform": [0.0, 1.0]}}}, ("deft", "alpha"), "must be above 0 on a path"),
+        ({"deft": {"alpha": {"randint": [1, 5]}}}, ("deft", "alpha"), "is no range of whole numbers on a path"),
+        ({"deft": {"alpha": ALPHA, "alpha_delay": 0.5}}, ("deft", "alpha_delay"), "begin anew at each point"),
+        ({"deft": {"alpha": ALPHA, "epsilon_end": 1e-9}}, ("deft", "epsilon_end"), "begin anew at each point"),
+        ({"budget": {"stall_trials": 3}}, ("budget", "stall_trials"), "would end a path at its beginning"),
         ({"search": {"path": "beta"}}, ("search", "path"), "alpha"),
         ({"search": {"path": "alpha", "path_share": 0.0}}, ("search", "path_share"), "got 0.0"),
         ({"search": {"path_share": 0.5}}, ("search", "path_share"), "needs search.path: alpha"),
@@ -104,10 +108,19 @@ def test_what_a_path_cannot_be(change: dict[str, Any], path: tuple[str, ...], sa
     assert said in faults[0][1]
 
 
+def test_a_path_of_shares_that_do_not_divide_goes_on_where_the_data_ended(tmp_path: Path) -> None:
+    done = run_into([], Schedule(spec_of(path_share=0.33), tmp_path, []), fate)
+    mine = [t for t in done if t.task == "nano-sentiment" and not t.baseline]
+    assert [(t.steps_before, t.train.steps) for t in mine] == [(40, 13), (53, 13), (66, 13), (79, 13)]
+
+
 def test_the_plan_counts_the_shorter_trials() -> None:
     text = format_plan(build_plan(spec_of(path_share=0.25, seeds=[0, 1]), "out", Machine(2, 0)))
     assert "20 = 4 baselines + 16 on paths of rising α, 40 steps each, on a path 0.25 of that" in text
     assert f"{4 * 40 + 16 * 10} in all" in text
+    many = spec_of(path_share=0.25)
+    hosts = many.model_copy(update={"resources": many.resources.model_copy(update={"hosts": 8})})
+    assert "2 trials at once" in format_plan(build_plan(hosts, "out", Machine(8, 0))), "two tasks, two paths"
 
 
 # --- the order of trials ----------------------------------------------------------------------------------------------
@@ -128,8 +141,8 @@ def test_each_point_goes_on_from_the_last_one_that_is_complete(tmp_path: Path) -
         ids = [t.trial for t in mine]
         assert [t.start_from for t in mine] == [baseline, ids[0], ids[0] if seed == 5 else ids[1], ids[2]]
         assert [t.train.steps for t in mine] == [10] * 4
-        assert [t.trained_before for t in mine] == [4.0, 5.0, 6.0, 7.0]
-    assert all((t.start_from, t.trained_before, t.train.steps) == ("", 0.0, 40) for t in done if t.baseline)
+        assert [t.steps_before for t in mine] == [40, 50, 60, 70]
+    assert all((t.start_from, t.steps_before, t.train.steps) == ("", 0, 40) for t in done if t.baseline)
 
 
 def test_a_point_waits_for_the_one_before_it(tmp_path: Path) -> None:
@@ -164,6 +177,13 @@ def test_epochs_are_shortened_as_steps_are(tmp_path: Path) -> None:
     assert spec is not None, faults
     done = run_into([], Schedule(spec, tmp_path, []), fate)
     assert {(t.baseline, t.train.epochs) for t in done} == {(True, 2.0), (False, 0.5)}
+    assert sorted({(t.epochs_before, t.steps_before) for t in done}) == [
+        (0.0, 0),
+        (2.0, 0),
+        (2.5, 0),
+        (3.0, 0),
+        (3.5, 0),
+    ]
 
 
 # --- training on ------------------------------------------------------------------------------------------------------
@@ -212,7 +232,7 @@ def test_training_goes_on_with_the_weights_and_the_data_where_it_ended(
     wanted = first.step().task_loss
     first.close()
 
-    onward = trial(model, deft__alpha=1.0, start_from="t0000", trained_before=2.0, **{**leaves, "train__steps": 2})
+    onward = trial(model, deft__alpha=1.0, start_from="t0000", steps_before=4, **{**leaves, "train__steps": 2})
     second = open_from(onward, base, ranks, tmp_path)
     with second.whole():
         found = weights(second.model)
@@ -263,7 +283,7 @@ def test_a_host_goes_on_from_what_another_trial_left(
         return inbox.rows
 
     serve(Inbox(before))
-    onward = {"start_from": "t0000", "trained_before": 1.0, **leaves}
+    onward = {"start_from": "t0000", "steps_before": 4, **leaves}
     calm = serve(Inbox(trial("bert", trial="t0001", **onward)))
     with pytest.raises(Killed):
         serve(Inbox(trial("bert", trial="t0002", **onward), kill_at=3))

@@ -288,6 +288,13 @@ def test_a_sweep_is_extended_by_trials_alone(tmp_path: Path, faults_of: Callable
     assert json.loads(run_dir.plan.read_text())["trials"] == 7
 
 
+def test_a_path_is_not_extended(tmp_path: Path, faults_of: Callable[..., list[str]]) -> None:
+    path = {"deft": {"alpha": {"loguniform": [0.1, 10.0]}}}
+    write_sweep(tmp_path / "out", spec_of(search={"path": "alpha", "trials": 4}, **path))
+    said = "out: search.path: a path is not extended: more trials would move its values of α"
+    assert faults_of(spec_of(search={"path": "alpha", "trials": 6}, **path), extend=True) == [said]
+
+
 @pytest.mark.parametrize("present", [None, "out", "out/notes.txt", "out/spec.yaml", "out/plan.json"])
 def test_there_must_be_a_sweep_to_continue(
     tmp_path: Path, faults_of: Callable[..., list[str]], present: str | None

@@ -87,7 +87,7 @@ def test_a_path_is_told(tmp_path: Path) -> None:
         make_record("t1", 0.8, 0.2, started_from="t0", steps=10),
         make_record("t2", 0.8, 0.1, started_from="t1", steps=10),
     ]
-    told = "- Path: 2 trials train on from another one, 10 steps each, as α rises"
+    told = "- Path: 2 trials train on from another one as α rises, for up to 10 steps"
     assert told in report(tmp_path, [make_record("t0", 0.9, 0.9, baseline=True), *path])
     assert "- Path" not in report(tmp_path, SWEEP)
 

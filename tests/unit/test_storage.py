@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deft_ray.train.ranks import Ranks
-from deft_ray.train.storage import TrialStorage, probe_storage, resolve
+from deft_ray.train.storage import TrialStorage, drop_trials, probe_storage, resolve
 
 Write = Callable[[Path], None]
 
@@ -50,6 +50,21 @@ def test_what_was_saved_is_loaded(root: str, ranks: Ranks) -> None:
 
     assert again.latest() == {"step": 12, "fingerprint": "abc", "clock": {"train_s": 1.5}}
     assert found == {"engine/state.pt": "twelve", "rank-0.pt": "rank twelve"}
+
+
+def test_what_other_trials_left_can_be_fetched_and_dropped(root: str, ranks: Ranks, tmp_path: Path) -> None:
+    for trial in ("t0001", "t0002"):
+        storage = TrialStorage(root, trial, "abc")
+        storage.save(3, writes("three"), {}, ranks)
+    storage.publish_adapter(writes("adapter"))
+    with TrialStorage(root, "t0003", "abc").adapter_of("t0002") as folder:
+        assert (folder / "rank-0.pt").read_text() == "rank adapter"
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError), TrialStorage(root, "t0003", "abc").adapter_of("t0001"):
+        pass
+    drop_trials(root, ["t0001", "t0009"])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["t0002"]
+    drop_trials(str(tmp_path / "never written"), ["t0001"])
 
 
 def test_the_one_before_is_dropped(root: str, ranks: Ranks, tmp_path: Path) -> None:
