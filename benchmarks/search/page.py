@@ -14,8 +14,6 @@ ROOT = HERE.parents[1]
 RESULTS, PAGE, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "search.md", ROOT / "docs" / "images"
 
 OURS = ("mo_tpe, mo_asha", "mo_tpe")
-#: Results of whole sweeps.
-BESIDE = ("early_stopping", "search_path")
 PROBLEMS = {
     "nano": "recorded: 210 settings of α, ε, β, approximation, λ-init and learning rate, trained on the nano model's "
     "sentiment task for 81 steps; score limit 0.01; a budget of 120 trials",
@@ -44,24 +42,23 @@ Runs = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    """Write the page and a plot of each problem."""
-    files = {name: RESULTS / f"search_{name}.json" for name in PROBLEMS}
-    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
-    cost = json.loads((RESULTS / "search_cost.json").read_text(encoding="utf-8"))
+    """Write the page and a plot of each problem, of what has been measured."""
+    results = {name: found for name in PROBLEMS if (found := _read(f"search_{name}"))}
     by_problem = {name: {run["method"]: run for run in result["runs"]} for name, result in results.items()}
     for name, runs in by_problem.items():
         draw(name, runs, IMAGES / f"search-{name}.png")
-    beside = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in BESIDE}
-    PAGE.write_text(page(results, by_problem, cost["runs"], beside), encoding="utf-8")
+    PAGE.write_text(page(results, by_problem), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)} and {len(by_problem)} plots")
 
 
-def page(
-    results: dict[str, dict[str, Any]],
-    by_problem: dict[str, Runs],
-    cost: list[dict[str, Any]],
-    beside: dict[str, dict[str, Any]],
-) -> str:
+def _read(name: str) -> dict[str, Any]:
+    """A result; empty where it has not been measured."""
+    file = RESULTS / f"{name}.json"
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content
+
+
+def page(results: dict[str, dict[str, Any]], by_problem: dict[str, Runs]) -> str:
     """Return the page; what all results share is taken from one of them."""
     result = next(iter(results.values()))
     lines = [
@@ -91,9 +88,10 @@ def page(
             lines += ["", f"### {name}, {which}: reference score {point[0]:.3g}, density {point[1]:.3g}", ""]
             lines += table(runs, which, result["seeds"])
         lines += ["", f"![Hypervolume over steps, {name}](images/search-{name}.png)"]
-    lines += ["", "## Early stopping on real trainings", "", *stopping_table(beside["early_stopping"])]
-    lines += ["", "## Along a path", "", *path_table(beside["search_path"])]
-    lines += ["", "## What asking costs", "", *costs(cost), ""]
+    for name, (heading, write) in BESIDE.items():
+        found = _read(name)
+        lines += ["", f"## {heading}", "", *(write(found) if found else ["Not measured yet."])]
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -163,14 +161,14 @@ def ratio(mine: float | None, other: float | None) -> str:
     return "" if mine is None or other is None else f"{mine / other:.2f}"
 
 
-def costs(rows: list[dict[str, Any]]) -> list[str]:
+def costs(found: dict[str, Any]) -> list[str]:
     """Return the table of milliseconds per trial."""
     return [
         "Asking, telling, journals and rungs on the *conditional* problem, in one run of so many trials:",
         "",
         "| method | trials | seconds | ms per trial |",
         "|---|---|---|---|",
-        *(f"| {r['method']} | {r['trials']:,} | {r['seconds']:.1f} | {r['ms_per_trial']:.1f} |" for r in rows),
+        *(f"| {r['method']} | {r['trials']:,} | {r['seconds']:.1f} | {r['ms_per_trial']:.1f} |" for r in found["runs"]),
     ]
 
 
@@ -207,6 +205,13 @@ def _draw_ours(axes: Any, steps: list[int], run: dict[str, Any], style: str, lab
     axes.fill_between(steps, [m - h for m, h in pairs], [m + h for m, h in pairs], color=STRONG, alpha=0.15, lw=0)
     axes.plot(steps, run["mean"], style, color=STRONG, lw=2.2, label=label)
 
+
+#: Further parts of the page: their results' name, heading, and who writes them.
+BESIDE = {
+    "early_stopping": ("Early stopping on real trainings", stopping_table),
+    "search_path": ("Along a path", path_table),
+    "search_cost": ("What asking costs", costs),
+}
 
 if __name__ == "__main__":
     main()

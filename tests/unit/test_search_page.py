@@ -1,0 +1,60 @@
+"""The page of the search says what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+#: Problems that have been measured; ``search_cost`` and ``search_path`` are something else.
+MEASURED = sorted(
+    file.stem.removeprefix("search_")
+    for file in RESULTS.glob("search_*.json")
+    if "references" in json.loads(file.read_text())
+)
+
+
+def test_the_recorded_table_is_measured() -> None:
+    assert "nano" in MEASURED
+
+
+@pytest.mark.parametrize("which", ["whole", "near"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_tables_are_what_was_measured(name: str, which: str) -> None:
+    result = json.loads((RESULTS / f"search_{name}.json").read_text())
+    runs = {run["method"]: run[which] for run in result["runs"]}
+    text = (ROOT / "docs" / "search.md").read_text().split(f"\n### {name}, {which}: ")[1]
+    part = re.split(r"\n##|\n!", text)[0]
+    assert part.startswith("reference score {:.3g}, density {:.3g}\n".format(*result["references"][which]))
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    assert {row[0] for row in rows[2:]} == runs.keys()
+    assert len(rows) - 2 == len(runs) >= 10
+    assert result["seeds"] >= 20
+
+    def median(method: str) -> float:
+        reached = runs[method]["steps_to_enough"]
+        assert len(reached) == result["seeds"]
+        return statistics.median([float("inf") if steps is None else steps for steps in reached])
+
+    assert [median(row[0]) for row in rows[2:]] == sorted(map(median, runs))
+    for method, _, last, to_enough, of_random, of_tpe in rows[2:]:
+        mean, half = map(float, last.split(" ± "))
+        assert mean == pytest.approx(runs[method]["mean"][-1], abs=6e-4)
+        assert half == pytest.approx(runs[method]["half_interval"][-1], abs=6e-4)
+        reached = sum(steps is not None for steps in runs[method]["steps_to_enough"])
+        assert to_enough.endswith(f"({reached} of {result['seeds']})")
+        if median(method) == float("inf"):
+            assert (to_enough[:3], of_random, of_tpe) == ("not", "", "")
+            continue
+        assert float(re.sub("[,]", "", to_enough.split(" ")[0])) == pytest.approx(median(method), abs=1)
+        for cell, other in ((of_random, "random"), (of_tpe, "tpe")):
+            if median(other) == float("inf"):
+                assert cell == ""
+            else:
+                assert float(cell) == pytest.approx(median(method) / median(other), abs=6e-3)
+    assert (ROOT / "docs" / "images" / f"search-{name}.png").is_file()
