@@ -51,7 +51,8 @@ class Record:
         density_at_tau: Share of activations with magnitude above tau, by tau.
         density_layers: Density of each layer, by layer name.
         dial: By threshold τ, 0 among them: score and density on the validation split with activations of magnitude of
-            at most τ set to zero, and the same two on the calibration split; empty without the dial.
+            at most τ set to zero, and the same two on the calibration split, where the trial is complete; empty without
+            the dial.
         setting: Name of the trial that has the same settings with the sweep's first seed; its own if empty.
         started_from: Name of the trial whose adapter it trained on, on a path; empty where it began with a fresh one.
         lambda_layers: ADA-DEFT's layer scale of each block, by layer name; empty without.

@@ -44,10 +44,11 @@ class Evaluation:
         counts: Exact counts per layer.
         generated: ``[non-zero, total]`` of the decoder while it wrote its answers; zeros where nothing is generated.
         each: What the model said of each example: a class or a value, and of a question the F1 of its answer; empty
-            where it was not asked for.
-        dial: Score and density by threshold, on the validation and on the calibration split; empty without the dial.
+            but in a trial's last evaluation.
+        dial: Score and density by threshold, on the validation split, and in the last evaluation on the calibration
+            split too; empty without the dial.
         predictions: ``label`` of each validation example, questions excepted, and ``each`` by threshold, 0 among them;
-            empty where they were not asked for.
+            empty but in the last evaluation.
     """
 
     scores: dict[str, float]
@@ -109,43 +110,38 @@ class Evaluator:
     target_length: int | None = None
 
     @torch.no_grad()
-    def evaluate(self, taus: Sequence[float] = (), predictions: bool = False) -> Evaluation:
+    def evaluate(self, taus: Sequence[float] = (), last: bool = False) -> Evaluation:
         """Evaluate on the validation split, and on those beside it; every rank gets the whole result.
 
         Args:
-            taus: Thresholds of the dial: at each, and at 0, the model is evaluated on the validation and on the
-                calibration split with all activations of at most this magnitude set to zero. Empty for no dial.
-            predictions: Whether to keep what was said of each validation example.
+            taus: Thresholds of the dial: at each, and at 0, the model is evaluated with all activations of at most this
+                magnitude set to zero. Empty for no dial.
+            last: Whether the trial ends with it: thresholds are judged on the calibration split too then, and what was
+                said of each validation example is kept.
 
         Raises:
             FloatingPointError: On every rank, if the model says what is no number.
         """
         self.model.eval()
-        found = self._evaluate(self.data.validation, predictions)
+        found = self._evaluate(self.data.validation, last)
         scores = dict(found.scores)
         for suffix, examples in self.data.beside.items():  # density is that of the validation split alone
             beside = self._evaluate(examples)
             scores |= {f"{metric}_{suffix}": score for metric, score in beside.scores.items()}
-        dial, said = dict[str, dict[str, float]](), {tau_key(0.0): found.each} if predictions else {}
-        if predictions and self.data.task.kind != "question":
+        dial, said = dict[str, dict[str, float]](), {tau_key(0.0): found.each} if last else {}
+        if last and self.data.task.kind != "question":
             said["label"] = [example.label for example in self.data.validation]
         for tau in (0.0, *taus) if taus else ():
-            dialled, calibrated = self._dialled(tau, found, predictions)
-            dial[tau_key(tau)] = {
-                "score": dialled.point[0],
-                "density": dialled.point[1],
-                "calibration_score": calibrated.point[0],
-                "calibration_density": calibrated.point[1],
-            }
-            said |= {tau_key(tau): dialled.each} if predictions else {}
+            with self.probe.thresholding(tau):
+                dialled = found if tau == 0.0 else self._evaluate(self.data.validation, last)
+                calibrated = self._evaluate(self.data.calibration) if last else None
+            dial[tau_key(tau)] = {"score": dialled.point[0], "density": dialled.point[1]}
+            if calibrated is not None:
+                score, density = calibrated.point
+                dial[tau_key(tau)] |= {"calibration_score": score, "calibration_density": density}
+                said[tau_key(tau)] = dialled.each
         self.model.train()
         return Evaluation(scores, found.counts, found.generated, found.each, dial, said)
-
-    def _dialled(self, tau: float, exact: Evaluation, each: bool) -> tuple[Evaluation, Evaluation]:
-        """Evaluate at one threshold on the validation and on the calibration split."""
-        with self.probe.thresholding(tau):
-            found = exact if tau == 0.0 else self._evaluate(self.data.validation, each)
-            return found, self._evaluate(self.data.calibration)
 
     def _evaluate(self, examples: list[Example], each: bool = False) -> Evaluation:
         device = self.ranks.device

@@ -238,7 +238,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         began = time.monotonic()
-        found = self.slot.evaluate(self._taus(), predictions=self.slot.done == self.slot.steps)
+        found = self.slot.evaluate(self._taus(), last=self.slot.done == self.slot.steps)
         self.evaluated, self.predictions = found.row(), found.predictions
         self.clock.eval_s += time.monotonic() - began
         rung = self.rungs.get(self.slot.done)

@@ -171,10 +171,10 @@ class Slot:
         self.done += 1
         return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
 
-    def evaluate(self, taus: Sequence[float] = (), predictions: bool = False) -> Evaluation:
+    def evaluate(self, taus: Sequence[float] = (), last: bool = False) -> Evaluation:
         """Evaluate on the validation split, over all ranks; arguments as of :meth:`Evaluator.evaluate`."""
         with self.whole():
-            return self._evaluator().evaluate(taus, predictions)
+            return self._evaluator().evaluate(taus, last)
 
     def _evaluator(self) -> Evaluator:
         data = self.trial.data

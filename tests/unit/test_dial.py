@@ -56,7 +56,7 @@ def test_an_encoder_at_each_threshold_as_plain_peft_finds_it(
     with torch.enable_grad():
         run(slot)
     slot.save_adapter(tmp_path)
-    plain_row, evaluation = slot.evaluate().row(), slot.evaluate(TAUS, predictions=True)
+    plain_row, evaluation = slot.evaluate().row(), slot.evaluate(TAUS, last=True)
     row, predictions = evaluation.row(), evaluation.predictions
     split = slot.data.calibration
     slot.close()

@@ -370,6 +370,7 @@ def test_the_dial_is_turned_at_the_end_and_at_rungs_where_it_is_judged(trial: Tr
     end = rows[-1]
     assert end["dial"]["0"]["score"] == end["score"]
     assert {"score", "density", "calibration_score", "calibration_density"} == end["dial"]["0.1"].keys()
+    assert all(row["dial"]["0.1"].keys() == {"score", "density"} for row in rows if row.get("rung") is not None)
 
     exact = serve(Inbox(trial(train__steps=4, trial="t0001", rungs=(0.25,), **dial)))
     assert {row["step"]: list(row["dial"]) for row in exact if row["kind"] == "eval"} == {

@@ -125,7 +125,7 @@ def test_a_question_is_scored_once_by_its_surest_window_and_counted_in_all(
         with torch.enable_grad():
             run(slot)
     slot.save_adapter(tmp_path)
-    found = slot.evaluate(predictions=True)
+    found = slot.evaluate(last=True)
 
     tokenizer, model, counts = reopened(tiny_models["dry-t5"], tmp_path, None)
     rows = long_squad_rows("validation", 13)
@@ -289,7 +289,7 @@ GLUE_METRICS = {
 def test_each_glue_task_has_its_metrics(
     open_slot: Open, tiny_models: dict[str, Path], tiny_data: Path, task: str
 ) -> None:
-    evaluation = open_slot(tiny_trial(tiny_models["bert"], "bert", tiny_data, task)).evaluate(predictions=True)
+    evaluation = open_slot(tiny_trial(tiny_models["bert"], "bert", tiny_data, task)).evaluate(last=True)
     row, said = evaluation.row(), evaluation.predictions
     assert scoring.score_labels(GLUE_METRICS[task], said["0"], said["label"]).items() <= evaluation.scores.items()
     assert [row["score_metric"], *row["extra_scores"]] == GLUE_METRICS[task]
