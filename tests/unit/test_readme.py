@@ -1,9 +1,11 @@
-"""The README's table of what goes together is the one that was measured."""
+"""The README's tables and figures are those that were measured."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +34,57 @@ def test_the_table_of_what_goes_together_is_what_was_measured() -> None:
             else:
                 assert not cell.startswith("0 to 3")
     assert seen == len(rows)
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def figures(row: str) -> list[float]:
+    """The numbers of the README's row that begins so, shapes and counts among them."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {row}"))
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", line.removeprefix(f"| {row}"))]
+
+
+def test_what_the_density_loss_costs_is_what_was_measured() -> None:
+    found = result("density_loss_base_none_float32_cpu")
+    kinds = [found["steps"][kind]["over_alpha_0"] for kind in ("none", "non-reentrant", "reentrant")]
+    ratios = [kind[block] for kind in kinds for block in ("deft", "fused_deft")]
+    ends = [min(r["lower_quartile"] for r in ratios), max(r["upper_quartile"] for r in ratios)]
+    said = figures("step with the density loss over the same without, Flan-T5-base shape, 4 x 128 tokens")
+    assert said[:9] == [*(round(r["median"], 2) for r in ratios), 9, round(ends[0], 2), round(ends[1], 2)]
+    assert all(r["count"] == 9 for r in ratios)
+    saved = found["saved_for_backward"]
+    more = [saved[kind]["bytes_per_activation_beyond_peft"] for kind in ("none", "non-reentrant", "reentrant")]
+    assert all(kind["deft"] == kind["fused_deft"] - kind["fused_peft"] == 0 for kind in more)
+    assert said[9:] == [more[0]["naive"], more[1]["naive"]]
+    fused, stock, naive = figures("kept for the backward pass per activation of a gated MLP, float")[1:]
+    assert (fused - stock, naive - stock) == (more[0]["fused_deft"], more[0]["naive"])
+    whole = found["evaluation"]["counting_over_plain"]
+    names = ("median", "count", "median", "lower_quartile", "upper_quartile")
+    assert figures("evaluation with exact counts over one without") == [
+        round(whole[name], digits) for name, digits in zip(names, (2, 0, 3, 3, 3), strict=True)
+    ]
+
+
+def test_what_padding_and_starting_cost_is_what_was_measured() -> None:
+    tasks = [result("padding")["tasks"][name] for name in ("squad", "rte", "sst2")]
+    said = figures("real tokens per second, batches of like length over fixed length")
+    ratios = [round(task["grouped_over_fixed"]["median"], 1) for task in tasks]
+    shares = [round(100 * task["real_share_grouped"]) for task in tasks]
+    assert said == [*ratios[:2], 2, ratios[2], 12, *shares]  # the 2 is SST-2's
+    start = result("start_up")
+    host, fit = start["host_startup_s"], start["fit_per_trial_startup_s"]
+    assert figures("from the end of a trial to the first step of the next, two workers") == [
+        round(host["median"], 2), host["count"], round(fit["median"], 1), round(start["ratio_of_medians"])
+    ]  # fmt: skip
+    walls = result("command")["wall_s"]
+    medians = [round(walls[name]["median"], 2) for name in ("help", "plan", "spec_error")]
+    assert figures("`--help`, `--plan`, a faulty spec")[:4] == [*medians, walls["help"]["count"]]
+    many, quick = result("orchestration_with_overrides"), result("orchestration")
+    ends = quick["before_first_trial_s"] + quick["after_last_trial_s"]
+    assert figures("wall time over training and evaluation, nano sweep of")[0] == many["trials"]
+    assert figures("wall time over training and evaluation, nano sweep of")[1:] == [
+        round(many["wall_over_work"], 2), quick["trials"], round(quick["wall_over_work"], 2), round(ends),
+        round(quick["wall_s"]),
+    ]  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("sst2", "stsb", "mrpc", "rte", "cola")
@@ -35,6 +38,28 @@ def test_the_page_is_what_was_measured() -> None:
         seen += len(mine) if method == "density" else 0
     assert seen == len(result["rows"]) == 2 * 3 * 5 * len({row["seed"] for row in result["rows"]})
     assert all(row["status"] == "complete" for row in result["rows"])
+
+
+def test_the_published_rows_are_those_of_the_paper() -> None:
+    """The file's own mean and change, where a table prints them, agree with the cells."""
+    text = (ROOT / "docs" / "results.md").read_text().split("## The published rows")[1].split("\n## ")[0]
+    with (ROOT / "benchmarks" / "published_table1.csv").open() as file:
+        cells = {(row["module"], row["method"], row["task"]): row for row in csv.DictReader(file)}
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert len(lines) == 2 + 2 * 5
+    module, method = "", ""
+    for named, what, *numbers in lines[2:]:
+        module, method = named or module, what.split(",")[0] if "score" in what else method
+        key = {"density": "density", "change": "density_change"}.get(what, "score")
+        want = [float(cells[module, method, task][key]) for task in TASKS]
+        want = [round(value, 1 if what == "change" else 2) for value in want]
+        assert [float(number) for number in numbers[:-1]] == want, (module, what)
+        assert float(numbers[-1]) == pytest.approx(sum(want) / len(want), abs=0.051)
+    for task in TASKS:
+        for kind in ("bottleneck", "lora"):
+            before, after = (float(cells[kind, method, task]["density"]) for method in ("PEFT", "DEFT"))
+            change = float(cells[kind, "DEFT", task]["density_change"])
+            assert change == pytest.approx(100 * (before - after) / before, abs=0.2), (kind, task)
 
 
 def means(rows: list[dict[str, Any]], key: str, task: str) -> float:
