@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +59,50 @@ def test_the_tables_are_what_was_measured(name: str, which: str) -> None:
             else:
                 assert float(cell) == pytest.approx(median(method) / median(other), abs=6e-3)
     assert (ROOT / "docs" / "images" / f"search-{name}.png").is_file()
+
+
+def table_of(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its own."""
+    part = (ROOT / "docs" / "search.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def measured(name: str) -> dict[str, Any]:
+    """A result; empty where it has not been measured, which the page says."""
+    file = RESULTS / f"{name}.json"
+    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"tasks": [], "runs": []}
+    return content
+
+
+def test_what_early_stopping_saves_and_loses_is_what_was_measured() -> None:
+    rows = table_of("Early stopping on real trainings")
+    found = measured("early_stopping")["tasks"]
+    assert [row[0] for row in rows] == [task["task"] for task in found]
+    for (_, here, there, saved, area, whole, lost, *_), task in zip(rows, found, strict=True):
+        mine, other = task["with"], task["without"]
+        assert [int(cell.replace(",", "")) for cell in (here, there)] == [mine["steps"], other["steps"]]
+        assert [float(area), float(whole)] == pytest.approx([mine["hypervolume"], other["hypervolume"]], abs=6e-5)
+        share = 100 * (other["steps"] - mine["steps"]) / other["steps"]
+        assert float(saved.rstrip("%")) == pytest.approx(share, abs=0.06)
+        share = 100 * (other["hypervolume"] - mine["hypervolume"]) / other["hypervolume"]
+        assert float(lost.rstrip("%")) == pytest.approx(share, abs=0.006)
+
+
+def test_what_a_path_finds_is_what_was_measured() -> None:
+    found = {(run["task"], run["way"]): run for run in measured("search_path")["runs"]}
+    rows = table_of("Along a path")
+    assert {(row[0], row[1]) for row in rows} == found.keys()
+    for task, way, steps, area, near, _ in rows:
+        run = found[task, way]
+        assert int(steps.replace(",", "")) == run["steps_beside_baselines"]
+        assert [float(area), float(near)] == pytest.approx([run["hypervolume"], run["hypervolume_near"]], abs=6e-5)
+
+
+def test_what_asking_costs_is_what_was_measured() -> None:
+    found = {run["method"]: run for run in measured("search_cost")["runs"]}
+    rows = table_of("What asking costs")
+    assert {row[0] for row in rows} == found.keys()
+    for method, trials, _, each in rows:
+        assert int(trials.replace(",", "")) == found[method]["trials"]
+        assert float(each) == pytest.approx(found[method]["ms_per_trial"], abs=0.06)

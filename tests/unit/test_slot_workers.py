@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -17,7 +18,8 @@ from deft_ray.spec.catalog import FAMILY_ADAPTERS
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.ranks import Ranks
-from tests.slots import EPSILON, new_slot, same, start_worker, weights, worst
+from deft_ray.train.slot import Slot
+from tests.slots import EPSILON, new_slot, same, start_worker, taken_gradient, weights, worst
 
 Leaves = dict[str, Any]
 Left = dict[str, Any]
@@ -81,9 +83,10 @@ def specs(trial: Callable[..., TrialSpec]) -> list[TrialSpec]:
             adapter__kind=kind,
             train__learning_rate=RATES[kind],
             train__zero_stage=stage,
+            train__max_grad_norm=float(place % 2),  # every other one without clipping, which hides how long it is
             **leaves,
         )
-        for model, kind, task, stage, leaves in CASES
+        for place, (model, kind, task, stage, leaves) in enumerate(CASES)
     ]
 
 
@@ -100,13 +103,24 @@ def work(rank: int, world: int, folder: Path, specs: list[TrialSpec]) -> None:
 
 def train_and_evaluate(spec: TrialSpec, base: Base, ranks: Ranks) -> Left:
     slot = new_slot(spec, base, ranks)
-    results = [slot.step(measure=True) for _ in range(slot.steps)]
+    results = [slot.step(measure=True)]
+    gradient = first_gradient(slot)
+    results += [slot.step(measure=True) for _ in range(slot.steps - 1)]
     sums = ranks.total(torch.tensor([[r.task_loss, r.density_loss, r.penalty] for r in results], dtype=torch.float64))
     found = slot.evaluate()
     with slot.whole():
         adapter = weights(slot.model) | {name: torch.tensor(value) for name, value in slot.lambdas().items()}
     slot.close()
-    return {"losses": sums, "adapter": adapter, "found": found}
+    return {"losses": sums, "adapter": adapter, "found": found, "gradient": gradient}
+
+
+def first_gradient(slot: Slot) -> dict[str, Tensor]:
+    """What AdamW saw in the first step, whole however it is sharded: a tenth of it is its first moment."""
+    named = [(name, p) for name, p in slot.model.named_parameters() if p.requires_grad]
+    if slot.trial.train.zero_stage == 0:
+        return taken_gradient(slot)
+    moment = "state1" if slot.trial.train.optimizer == "paged_adamw" else "exp_avg"
+    return {name: safe_get_full_optimizer_state(p, moment).clone() / 0.1 for name, p in named}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -180,6 +194,7 @@ def test_several_workers_are_one_to_rounding(
     for other in others:
         assert same(first["adapter"], other["adapter"])
         assert_same_evaluation(found, other["found"])
+    assert worst(first["gradient"], alone["gradient"]) < 1e-4, "AdamW's own steps would not tell its length"
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=2e-5, atol=1e-6)
     assert worst(first["adapter"], alone["adapter"]) < APART[kind]
 
