@@ -103,10 +103,10 @@ def _draw_marks(axes: Any, figure: FrontFigure) -> None:
 
 def _draw_legend(canvas: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    left, columns, size, gap = (0.1, 5, 8.5, 1.6) if len(labels) < 6 else (0.03, 4, 7.5, 1.2)
     canvas.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0.165), ncols=5 if len(labels) < 6 else 4,
-        frameon=False, fontsize=8.5 if len(labels) < 6 else 7.5,
-        handletextpad=0.4, columnspacing=1.6, borderaxespad=0.0,
+        handles, labels, loc="upper left", bbox_to_anchor=(left, 0.165), ncols=columns, frameon=False, fontsize=size,
+        handletextpad=0.4, columnspacing=gap, borderaxespad=0.0,
     )  # fmt: skip
 
 

@@ -143,14 +143,17 @@ def _joined(values: Iterable[str]) -> str:
 
 def _title(records: Sequence[Record], task: str, model: str) -> str:
     measured = [record for record in records if record.density is not None] or list(records)
-    models = model or _joined(_model_name(record) for record in measured)
+    models = _without_folder(model) or _joined(_model_name(record) for record in measured)
     dtypes = _joined(record.dtype for record in measured)
     activations = _joined(record.activation for record in measured)
     return ", ".join(part for part in (task, models, dtypes, activations) if part)
 
 
 def _model_name(record: Record) -> str:
-    name = next((str(record.config[key]) for key in _MODEL_KEYS if record.config.get(key)), "")
+    return _without_folder(next((str(record.config[key]) for key in _MODEL_KEYS if record.config.get(key)), ""))
+
+
+def _without_folder(name: str) -> str:
     return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
@@ -282,11 +285,15 @@ def groups_of(figure: FrontFigure, roles: Iterable[str]) -> Iterator[tuple[str, 
 
 
 def ranges_of(figure: FrontFigure) -> Ranges:
-    """Horizontal and vertical range with room around the marks; the unit square without any."""
+    """Horizontal and vertical range with room around the marks and their bars; the unit square without any."""
     if not figure.marks:
         return (0.0, 1.0), (0.0, 1.0)
-    heights = [mark.score for mark in figure.marks]
-    return _padded([mark.density for mark in figure.marks]), _padded(heights, figure.score_limit)
+    ends = [
+        (mark.density + sign * mark.spread[0], mark.score + sign * mark.spread[1])
+        for mark in figure.marks
+        for sign in (-1.0, 1.0)
+    ]
+    return _padded([density for density, _ in ends]), _padded([score for _, score in ends], figure.score_limit)
 
 
 def _padded(values: Sequence[float], extra: float | None = None) -> tuple[float, float]:

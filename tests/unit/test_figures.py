@@ -14,7 +14,7 @@ import pytest
 from deft_ray.errors import RecordsError
 from deft_ray.results.figure_html import draw_html
 from deft_ray.results.figure_png import draw_png
-from deft_ray.results.figures import FrontFigure, Mark, front_figure_data, short, write_csv
+from deft_ray.results.figures import FrontFigure, Mark, front_figure_data, ranges_of, short, write_csv
 from deft_ray.results.records import Record
 
 
@@ -302,3 +302,23 @@ def test_seeds_of_a_setting_are_one_mark_with_bars(tmp_path: Path) -> None:
     assert traces["on the front"]["error_y"]["visible"] is True
     assert traces["dominated"]["error_y"]["visible"] is False
     assert draw_png(figure, tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_a_model_in_a_folder_is_named_without_it() -> None:
+    assert (
+        front_figure_data(SWEEP, "squad", model="/home/me/flan-t5-xl").title == "squad, flan-t5-xl, bfloat16, gelu_new"
+    )
+    assert front_figure_data(SWEEP, "squad", model="google/flan-t5-xl").title.startswith("squad, google/flan-t5-xl, ")
+
+
+def test_the_ranges_hold_the_bars() -> None:
+    records = [
+        make_record(f"t1-s{seed}" if seed else "t1", score, density, seed=seed, setting="t1")
+        for seed, (score, density) in enumerate([(0.5, 0.2), (0.9, 0.6)])
+    ]
+    (low, high), (bottom, top) = ranges_of(front_figure_data(records, "squad"))
+    spread = 0.4 / 2**0.5
+    assert low < 0.4 - spread
+    assert high > 0.4 + spread
+    assert bottom < 0.7 - spread
+    assert top > 0.7 + spread

@@ -62,6 +62,43 @@ def test_the_published_rows_are_those_of_the_paper() -> None:
             assert change == pytest.approx(100 * (before - after) / before, abs=0.2), (kind, task)
 
 
+def test_the_search_on_real_data_is_what_was_measured() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "real_front.json").read_text())
+    text = (ROOT / "docs" / "results.md").read_text().split("\n## The search\n")[1]
+    assert len(result["tasks"]) == text.count("\n### ")
+    for found, part in zip(result["tasks"], text.split("\n### ")[1:], strict=True):
+        tables = [
+            [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+            for block in re.findall(r"(?:^\|.*\n)+", part, re.M)
+        ]
+        areas, points, beside = tables
+        assert {name: float(area) for name, area in areas} == pytest.approx(found["hypervolumes"], abs=6e-5)
+        known = {(p["trial"], p["tau"]): p for p in (*found["baseline"], *found["recipe"], *found["front"])}
+        assert len(points) == len(known)
+        assert [float(row[5].split()[0]) for row in points] == sorted(
+            (float(r[5].split()[0]) for r in points), reverse=True
+        )
+        for trial, tau, _, seeds, score, density, drop, worse, _ in points:
+            point = known[trial, 0.0 if tau == "exact" else float(tau)]
+            assert int(seeds) == point["seeds"]
+            assert float(score.split()[0]) == pytest.approx(point["score"], abs=6e-5)
+            assert float(density.split()[0]) == pytest.approx(point["density"], abs=6e-5)
+            if point["on_front"]:
+                assert [float(end) for end in drop.split(" … ")] == pytest.approx(
+                    [point["drop_low"], point["drop_high"]], abs=6e-5
+                )
+                assert float(worse) == pytest.approx(point["p_worse"], abs=6e-4)
+        assert all(point["seeds"] == 3 for point in found["front"])
+        assert len(beside) == len(found["rivals"])
+        for row, rival in zip(beside, found["rivals"], strict=True):
+            gain = [float(number) for number in re.findall(r"[+-][\d.]+", row[4])]
+            same = rival["same_tau"]
+            assert gain == pytest.approx([same["gain"], same["low"], same["high"]], abs=6e-5)
+            assert same["gain"] == pytest.approx(rival["score"] - same["score"], abs=1e-9)
+        surely = sum(rival["same_tau"]["low"] > 0 for rival in found["rivals"])
+        assert f"{surely} of {len(beside)} gain more than nothing" in part
+
+
 def means(rows: list[dict[str, Any]], key: str, task: str) -> float:
     values = [row[key] for row in rows if row["task"] == task]
     return 100 * float(sum(values)) / len(values)
