@@ -88,3 +88,11 @@ def test_what_padding_and_starting_cost_is_what_was_measured() -> None:
         round(many["wall_over_work"], 2), quick["trials"], round(quick["wall_over_work"], 2), round(ends),
         round(quick["wall_s"]),
     ]  # fmt: skip
+
+
+def test_what_early_stopping_saves_and_loses_is_what_was_measured() -> None:
+    tasks = result("early_stopping")["tasks"]
+    saved = [round(100 * (1 - task["with"]["steps"] / task["without"]["steps"])) for task in tasks]
+    lost = [100 * (1 - task["with"]["hypervolume"] / task["without"]["hypervolume"]) for task in tasks]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"saved {saved[0]} and {saved[1]} % of the steps and lost {lost[0]:.1f} and {lost[1]:.0f} %" in text
