@@ -186,8 +186,8 @@ def _summarise(curves: list[Curve], at: list[int]) -> dict[str, Any]:
     reached = [next((step for step, share in curve if share >= ENOUGH), None) for curve in curves]
     median = statistics.median([step if step is not None else np.inf for step in reached])
     return {
-        "mean": shares.mean(axis=0).tolist(),
-        "half_interval": half.tolist(),
+        "mean": shares.mean(axis=0).round(5).tolist(),
+        "half_interval": half.round(5).tolist(),
         "median_steps_to_enough": None if np.isinf(median) else median,
         "steps_to_enough": reached,
     }
