@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deft_ray.errors import RecordsError
 from deft_ray.results.front import REFERENCE, hypervolume, lowest_density, points
-from deft_ray.results.points import Point
+from deft_ray.results.points import Point, check_one_dtype
 from deft_ray.results.records import Record
 
 
@@ -51,11 +51,7 @@ def compare_sweeps(
     tasks = [task for task in _tasks(mine) if task in _tasks(others)]
     if not tasks:
         raise RecordsError(f"no task in common: {', '.join(_tasks(mine))} here, {', '.join(_tasks(others))} there")
-    for task in tasks:
-        dtypes = {record.dtype for record in (*mine, *others) if record.task == task and record.density is not None}
-        if len(dtypes) > 1:
-            said = f"task {task}: measured in {' and '.join(sorted(dtypes))}"
-            raise RecordsError(f"{said}; exact zeros depend on the dtype, so compare only sweeps of one")
+    check_one_dtype(record for record in (*mine, *others) if record.task in tasks)
     return {
         task: (_found(mine, task, max_score_drop, ref), _found(others, task, max_score_drop, ref)) for task in tasks
     }

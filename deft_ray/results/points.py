@@ -140,7 +140,7 @@ def compare(records: Iterable[Record], max_score_drop: float | None = None) -> l
         RecordsError: If one task was measured in more than one dtype.
     """
     records = list(records)
-    _check_one_dtype(records)
+    check_one_dtype(records)
     baselines = _baselines(records)
     settings: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -296,7 +296,12 @@ def _against(score: float | None, density: float | None, baseline: Record | None
     return drop, change
 
 
-def _check_one_dtype(records: Iterable[Record]) -> None:
+def check_one_dtype(records: Iterable[Record]) -> None:
+    """Refuse records of which one task was measured in several dtypes.
+
+    Raises:
+        RecordsError: With the task and its dtypes.
+    """
     dtypes: dict[str, set[str]] = {}
     for record in records:
         if record.density is not None:

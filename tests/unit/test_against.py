@@ -49,7 +49,7 @@ def test_only_tasks_of_both_count() -> None:
 
 def test_sweeps_of_two_dtypes_are_not_compared() -> None:
     other = [record("t0", 0.9, 0.8, baseline=True, dtype="bfloat16")]
-    with pytest.raises(RecordsError, match="task rte: measured in bfloat16 and float32"):
+    with pytest.raises(RecordsError, match=r"task rte: measured in more than one dtype \(bfloat16, float32\)"):
         compare_sweeps(WITH, other, None)
 
 
