@@ -6,10 +6,9 @@ Every method has the same budget in training steps, four workers, and the same n
 ``results/search_<problem>.json``: means and 95 % intervals of the hypervolume, as a share of the best known one, over
 steps, and the steps that each method takes to 95 % of it. The hypervolume is taken twice: ``whole``, with the reference
 point of the product, and ``near``, with the score limit and the baseline's density, where a single good point is not
-nearly all of it. ``search_cost.json`` has what asking, telling and scheduling cost per trial when 1,000 are run.
- With ``--methods`` the stored rows of the others stay. ``syne-tune`` has to be
-installed beside (``pip install --no-deps syne-tune``).
-``benchmarks/search/page.py`` makes ``docs/search.md`` of it.
+nearly all of it. ``search_cost.json`` has what asking, telling and scheduling cost per trial when 1,000 are run. With
+``--methods`` the stored rows of the others stay. ``syne-tune`` has to be installed beside (``pip install --no-deps
+syne-tune``). ``benchmarks/search/page.py`` makes ``docs/search.md`` of it.
 """
 
 from __future__ import annotations
@@ -67,16 +66,17 @@ def main() -> None:
     """Run every method on every problem with every seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--problems", default=",".join(["nano", *(problem.name for problem in PROBLEMS)]))
+    every = ",".join(["nano", *(problem.name for problem in PROBLEMS)])
+    parser.add_argument("--problems", default=every, help="comma between them; none: only what asking costs")
     parser.add_argument("--methods", default=";".join([*METHODS, *RIVALS]), help="semicolon between them")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, and store nothing")
     given = parser.parse_args()
-    methods = given.methods.split(";")
+    methods, names = given.methods.split(";"), [name for name in given.problems.split(",") if name]
     if not given.dry:
-        _check_stored(given.problems.split(","), methods, given.seeds)
+        _check_stored(names, methods, given.seeds)
     with ProcessPoolExecutor(given.processes) as pool:
-        for name in given.problems.split(","):
+        for name in names:
             jobs = [(name, method, seed) for method in methods for seed in range(given.seeds)]
             curves = dict(zip(jobs, pool.map(_curves, jobs), strict=True))
             mine = {method: [curves[name, method, seed] for seed in range(given.seeds)] for method in methods}

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy.special import ndtr
 
 from deft_ray.spec.domains import Domain, Scalar
 
@@ -161,7 +162,7 @@ class _Mixture:
         if shares is not None:
             share_CN = shares[np.nan_to_num(middle_N).astype(int)][:, np.nan_to_num(place_C).astype(int)].T
             return np.where(there_CN, np.log(share_CN * len(axis.options)), 0.0)
-        inside_N = _share_below((1.0 - middle_N) / self._width) - _share_below(-middle_N / self._width)
+        inside_N = ndtr((1.0 - middle_N) / self._width) - ndtr(-middle_N / self._width)
         z_CN = (place_C[:, None] - middle_N[None, :]) / self._width
         logs_CN = -0.5 * z_CN**2 - np.log(self._width * math.sqrt(2.0 * math.pi) * inside_N)[None, :]
         return np.where(there_CN, logs_CN, 0.0)
@@ -199,8 +200,3 @@ def _shares(axis: _Axis, width: float, count: int) -> np.ndarray:
     kernel = kernel / kernel.sum(axis=1, keepdims=True) + 1.0 / (len(places) * (count + 1))
     shares: np.ndarray = kernel / kernel.sum(axis=1, keepdims=True)
     return shares
-
-
-def _share_below(z: np.ndarray) -> np.ndarray:
-    """Share of a standard normal distribution below each z."""
-    return np.array([0.5 * (1.0 + math.erf(value)) for value in (z / math.sqrt(2.0)).tolist()])
