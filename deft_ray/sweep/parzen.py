@@ -8,7 +8,7 @@ draws candidates from the density of good points, :math:`l`, and takes the one w
 - a choice among numbers is ordered: 0.1 says something about 0.3;
 - no point is drawn twice while others are left, since a training with the same seed would say the same again.
 
-What is good is the caller's to say: :func:`deft_ray.sweep.order.best_first`.
+What is good is the caller's to say: :func:`deft_ray.sweep.order.best`.
 
 Shape suffixes: C candidates, N components (observed points and, last, the whole space), A leaves.
 """

@@ -2,7 +2,7 @@ r"""Multi-objective asynchronous successive halving: which trials train on beyon
 
 A rung is a share of a trial's steps. A trial that arrives is compared with all that have arrived there before it, and
 trains on if it stands among the best 1/η of them, itself counted. What is best with two objectives and a score limit:
-:func:`deft_ray.sweep.order.best_first`.
+:func:`deft_ray.sweep.order.best`.
 
 The score limit is judged against the baseline of the same task and seed *at the same rung*, since everything is worse
 in the middle of its training; and it is wider by what the baseline itself still lacks there. Where the baseline has
@@ -19,12 +19,11 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from deft_ray.results.points import is_feasible
 from deft_ray.spec.schema import SweepSpec
-from deft_ray.sweep.order import best_first
+from deft_ray.sweep.order import best
 
 #: Name of the journal.
 JOURNAL = "rungs.jsonl"
@@ -170,7 +169,7 @@ def _whole_lines(journal: Path) -> list[str]:
 def is_among_the_best(others: Sequence[Arrival], mine: Arrival, factor: float) -> bool:
     """Tell whether an arrival is among the best 1/η of its rung, itself counted."""
     kept = max(1, int((len(others) + 1) / factor))
-    return len(others) in islice(best_first([*others, mine]), kept)
+    return len(others) in best([*others, mine], kept)
 
 
 def build_rungs(spec: SweepSpec, folder: Path, single: Decide, baseline_score: BaselineScore) -> Rungs | None:

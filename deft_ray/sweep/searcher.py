@@ -11,10 +11,9 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.points import deciding_first, first_points, sample_of
 from deft_ray.spec.resolve import is_read, judged_at
 from deft_ray.spec.schema import SweepSpec
-from deft_ray.sweep.order import best_first
+from deft_ray.sweep.order import best
 from deft_ray.sweep.parzen import Space
 from deft_ray.sweep.rungs import JOURNAL, Arrivals
 
@@ -182,8 +181,7 @@ class TaskSearch:
         known_rows = [self._row(trial) for trial in known if trial.state != TrialState.WAITING]
         if len(telling) < self.spec.search.startup_trials:
             return self._space.draw([], [], dice, known_rows)
-        best = islice(_best_first(telling), math.ceil(_GOOD * len(telling)))
-        good = {trial.number for trial in best}
+        good = {trial.number for trial in _best(telling, math.ceil(_GOOD * len(telling)))}
         under_way = [trial for trial in known if not trial.state.is_finished()]
         rows = {trial.number: self._row(trial) for trial in (*telling, *under_way)}
         return self._space.draw(
@@ -305,8 +303,8 @@ class _Told:
     missed: float
 
 
-def _best_first(trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
-    """Yield told trials, best first: by how far they came, and of those that came as far by score, density and limit.
+def _best(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
+    """Return the best told trials: by how far they came, and of those that came as far by score, density and limit.
 
     Those that were pruned at a rung were the worse ones there; with several seeds the first rung at which one was
     counts. Diverged ones come last.
@@ -324,9 +322,10 @@ def _best_first(trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
             stages.setdefault(math.inf, []).append(_Told(trial, score, density, missed))
         else:
             lost.append(trial)
+    found: list[FrozenTrial] = []
     for stage in sorted(stages, reverse=True):
-        yield from (stages[stage][place].trial for place in best_first(stages[stage]))
-    yield from lost
+        found += (stages[stage][place].trial for place in best(stages[stage], count - len(found)))
+    return found + lost[: count - len(found)]
 
 
 def _suggest(trial: Trial, dotted: str, domain: Domain) -> Scalar:
