@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ from store import store, summary
 from torch import Tensor
 
 from deft_ray.density.approximations import L0
-from deft_ray.density.counts import DensityCounts
+from deft_ray.density.counts import DensityCounts, StepCounts
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.models.families import FAMILIES, find_sites
+from deft_ray.models.halves import decode, encode, generate
 
 EPSILON = 1e-3
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
+#: Of the evaluation by likelihood: classes, and tokens of each one's answer.
+CLASSES, ANSWER = 3, 2
 
 
 @dataclass(frozen=True)
@@ -211,31 +215,74 @@ def _layers(trainer: Trainer, side: str) -> int:
     return sum(site.side == side for site in trainer.sites)
 
 
-def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Time a forward pass with exact counting and without, in turn."""
-    times: dict[str, list[float]] = {"plain": [], "counting": []}
-    probe = DensityProbe(trainer.sites)
-    trainer.model.eval()
+def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, question: int) -> dict[str, Any]:
+    """Time evaluations with exact counting and without, in turn: one forward pass, by likelihood, by generation.
 
-    def plain() -> None:
-        trainer.model(**trainer.batch)
+    As :mod:`deft_ray.train.evaluation` does it; an answer that is generated is counted while it is written, and the
+    given one, which nobody would pass through the decoder but for its density, is passed and counted beside it.
+    """
+    probe, batch, model = DensityProbe(trainer.sites), trainer.batch, trainer.model.eval()
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    rows, length = batch["labels"].shape
+    asked = {name: random_batch(rows, question, length, device)[name] for name in source}
+    asked_masks = {"encoder": asked["attention_mask"]}
+    answers = batch["labels"][:, :ANSWER].repeat_interleave(CLASSES, dim=0)
+    mask, masks = source["attention_mask"].repeat_interleave(CLASSES, dim=0), trainer.masks
+    is_gold = (torch.arange(len(answers), device=device) % CLASSES == 0).long().unsqueeze(1).expand_as(answers)
 
-    def counting() -> None:
+    def counted(counts: DensityCounts | None, masks: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return nullcontext() if counts is None else probe.counting(counts, masks)
+
+    def forward(counts: DensityCounts | None) -> None:
+        with counted(counts, masks):
+            model(**batch)
+
+    def likelihood(counts: DensityCounts | None) -> None:
+        with counted(counts, masks):
+            encoded = encode(model, source)
+        with counted(counts, {"decoder": is_gold}):
+            decode(model, encoded.last_hidden_state.repeat_interleave(CLASSES, dim=0), mask, answers)
+
+    def generation(counts: DensityCounts | None) -> None:
+        with counted(counts, asked_masks):
+            encoded = encode(model, asked)
+        if counts is None:
+            generate(model, encoded, asked, length)
+            return
+        with counted(counts, masks):
+            decode(model, encoded.last_hidden_state, asked["attention_mask"], batch["labels"])
+        steps = StepCounts()
+        with probe.counting(steps, masks):
+            tokens = generate(model, encoded, asked, length)
+        steps.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=device))
+
+    def with_counts(action: Callable[[DensityCounts | None], None]) -> None:
         counts = DensityCounts.empty(probe.names, device)
-        with probe.counting(counts, trainer.masks):
-            trainer.model(**trainer.batch)
+        action(counts)
         counts.density()
 
     with torch.no_grad():
-        for number in range(rounds + 1):
-            for name, action in (("plain", plain), ("counting", counting)):
-                seconds = timed(action, device)
-                if number:
-                    times[name].append(seconds)
+        ways = {action.__name__: action for action in (forward, likelihood, generation)}
+        figures = {
+            name: _counting_over_plain(partial(with_counts, action), partial(action, None), device, rounds)
+            for name, action in ways.items()
+        }
     probe.remove()
     trainer.model.train()
+    return figures
+
+
+def _counting_over_plain(
+    counting: Callable[[], None], plain: Callable[[], None], device: torch.device, rounds: int
+) -> dict[str, Any]:
+    times: dict[str, list[float]] = {"plain": [], "counting": []}
+    for number in range(rounds + 1):
+        for name, action in (("plain", plain), ("counting", counting)):
+            seconds = timed(action, device)
+            if number:
+                times[name].append(seconds)
     return {
-        "forward_s": {name: summary(values) for name, values in times.items()},
+        "s": {name: summary(values) for name, values in times.items()},
         "counting_over_plain": ratio(times["counting"], times["plain"]),
     }
 
@@ -253,6 +300,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--source", type=int, default=128, help="tokens of a source")
+    parser.add_argument("--question", type=int, default=384, help="tokens of a source whose answer is generated")
     parser.add_argument("--target", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
@@ -266,7 +314,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "saved_for_backward": measure_saved(trainer),
         "steps": measure_steps(trainer, device, asked.rounds),
-        "evaluation": measure_evaluation(trainer, device, max(asked.rounds, 9)),
+        "evaluation": measure_evaluation(trainer, device, max(asked.rounds, 9), asked.question),
         "aims": {
             "step over alpha = 0": "at most 1.03",
             "bytes beyond alpha = 0": 0,

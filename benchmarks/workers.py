@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from deft_ray.train.slot import Slot
 TASK, STEPS = "nano-sentiment", 12
 STAGES = (0, 1, 2, 3)
 QUANTIZATIONS = ("none", "nf4")
+#: How long a worker waits for another one.
+PATIENCE = timedelta(minutes=2)
 #: Largest difference of a step's loss that is rounding: AdamW makes steps of gradients near zero.
 APART = 1e-3
 
@@ -59,21 +62,27 @@ def all_cases() -> list[tuple[str, int]]:
 
 def work(rank: int, world: int, backend: str, folder: str) -> None:
     """One worker: every case, one after the other."""
-    torch.set_num_threads(1)
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
-    ranks = Ranks(rank, world, device)
+    ranks = join(rank, world, backend, folder)
     found = {}
     for quantization in QUANTIZATIONS:
-        base = load_base("nano", "t5", quantization=quantization, device=device)
+        base = load_base("nano", "t5", quantization=quantization, device=ranks.device)
         data = load_task(TASK, trial(quantization, 0).data, base)
         for stage in STAGES:
             found[quantization, stage] = train(Slot(trial(quantization, stage), base, data, ranks))
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def join(rank: int, world: int, backend: str, folder: str) -> Ranks:
+    """Join the other workers of a host, which meet in a folder."""
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    meet = f"file://{folder}/meet-{world}"
+    dist.init_process_group(backend, init_method=meet, rank=rank, world_size=world, timeout=PATIENCE)
+    return Ranks(rank, world, device)
 
 
 def trial(quantization: str, stage: int) -> TrialSpec:

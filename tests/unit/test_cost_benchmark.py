@@ -33,4 +33,5 @@ def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
         assert beyond["fused_deft"] == beyond["fused_peft"], kind
         assert result["steps"][kind]["over_alpha_0"].keys() == {"deft", "fused_deft", "naive", "naive_float32"}
     assert saved["none"]["bytes_per_activation_beyond_peft"]["fused_deft"] == -16.0
-    assert result["evaluation"]["counting_over_plain"]["count"] >= 9
+    assert result["evaluation"].keys() == {"forward", "likelihood", "generation"}
+    assert all(part["counting_over_plain"]["count"] >= 9 for part in result["evaluation"].values())
