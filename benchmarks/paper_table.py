@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from store import head, store
+from store import head, machine_line, store
 from sweeps import ROOT, run_sweep
 
 SPEC = "benchmarks/glue_minilm.yaml"
@@ -93,7 +93,6 @@ def part(result: dict[str, Any]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     steps = ", ".join(f"{steps} ({', '.join(TASKS[task] for task in tasks)})" for tasks, steps in STEPS.items())
     hours = sum(row["wall_s"] for row in rows) / 3600
-    machine = result["machine"]
     head = f"| module (trained) | method | {' | '.join(TASKS.values())} | mean |"
     lines = [
         "Made by `python benchmarks/paper_table.py --encoder FOLDER --data FOLDER`; the figures are in",
@@ -103,8 +102,7 @@ def part(result: dict[str, Any]) -> str:
         f"Steps of 32 examples a trial: {steps}; l0 with ε = 1e-7;",
         f"learning rate {' and '.join(f'{rate:g} ({kind})' for kind, rate in RATES.items())}. "
         f"{'One seed' if len(seeds) == 1 else f'{len(seeds)} seeds'} ({', '.join(map(str, seeds))}).",
-        f"Machine: {machine['cores']} CPU cores ({machine['cpu']}), {machine['memory_gib']} GiB, "
-        f"{machine['gpu'] or 'no GPU'}; {hours:.1f} hours of trials. Measured {result['at']}.",
+        f"{hours:.1f} hours of trials on {machine_line(result)}",
         "",
         "Scores on the validation split in %: accuracy, of STS-B Pearson's r, of CoLA Matthews' coefficient. Density:",
         "the share of MLP activations that are not exactly zero in %, real tokens only. Change: what DEFT takes off",

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from paper_table import TASKS
-from store import RESULTS, head, store
+from store import RESULTS, machine_line, origin, store
 from sweeps import ROOT, run_sweep
 
 from deft_ray.results.front import front, hypervolume, points
@@ -74,7 +74,7 @@ def describe(task: str, output: Path) -> dict[str, Any]:
         "dtype": records[0].dtype,
         "steps": records[0].steps,
         "trials": len(records),
-        "commit": head(),
+        **origin(),
         "hours": sum(record.wall_s for record in records) / 3600,
         "max_score_drop": limit,
         "reference": list(ref),
@@ -150,7 +150,6 @@ def _all_thresholds(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def part(result: dict[str, Any]) -> str:
     """Its part of the page, in Markdown."""
-    machine = result["machine"]
     lines = [
         "## The search",
         "",
@@ -162,8 +161,6 @@ def part(result: dict[str, Any]) -> str:
         "the dial, chosen on held-out training examples. The published recipe (l0, α = 1, ε = 1e-7) is tried first.",
         "Points on the front are trained with three seeds. Intervals and p are of the paired test: validation examples",
         "drawn again, each seed beside its own baseline.",
-        f"Machine: {machine['cores']} CPU cores ({machine['cpu']}), {machine['memory_gib']} GiB, "
-        f"{machine['gpu'] or 'no GPU'}. Measured {result['at']}.",
     ]
     for found in result["tasks"]:
         lines += ["", *section(found)]
@@ -178,6 +175,7 @@ def section(found: dict[str, Any]) -> list[str]:
         "",
         f"{found['trials']} trials of {found['steps']} steps of 32 examples, {found['dtype']}, "
         f"{found['hours']:.1f} hours of trials; score: {found['metric']}; limit: {limit:g} below the baseline.",
+        machine_line(found),
         "",
         f"| front of | hypervolume (reference: score {ref[0]:g}, density {ref[1]:g}) |",
         "|---|---|",

@@ -35,9 +35,7 @@ def store(name: str, figures: dict[str, Any]) -> Path:
     content = {
         "benchmark": name,
         "command": " ".join(["python", *("FOLDER" if word.startswith("/") else word for word in sys.argv)]),
-        "at": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": head(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": _gpu()},
+        **origin(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         **figures,
     }
@@ -47,6 +45,22 @@ def store(name: str, figures: dict[str, Any]) -> Path:
     file.write_text(text)
     print(text)
     return file
+
+
+def origin() -> dict[str, Any]:
+    """When, of what commit and on what machine something is measured."""
+    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpu": _gpu()}
+    return {"at": time.strftime("%Y-%m-%d", time.gmtime()), "commit": head(), "machine": machine}
+
+
+def machine_line(measured: dict[str, Any]) -> str:
+    """Say on what machine and when something was measured; see :func:`origin`."""
+    machine = measured["machine"]
+    gpu = machine["gpu"] or "no GPU"
+    return (
+        f"{machine['cores']} CPU cores ({machine['cpu']}), {machine['memory_gib']} GiB, {gpu}; "
+        f"measured {measured['at']}."
+    )
 
 
 def head() -> str:

@@ -74,7 +74,8 @@ def page(results: dict[str, dict[str, Any]], by_problem: dict[str, Runs]) -> str
         "95 % of it is reached, and in how many of them it was. The budget counts steps, not trials. The reference",
         "point is taken in two places: *whole* is score 0, density 1, where one good point may be nearly all there is;",
         "*near* is the score limit and the baseline's density, where it takes the whole front.",
-        f"Machine: {result['machine']['cores']} CPU cores ({result['machine']['cpu']}). Measured {result['at']}.",
+        f"Measured {', '.join(sorted({found['at'] for found in results.values()}))}; no figure but the last part's",
+        "depends on the machine.",
         "",
         "| method | what it is |",
         "|---|---|",
@@ -164,7 +165,8 @@ def ratio(mine: float | None, other: float | None) -> str:
 def costs(found: dict[str, Any]) -> list[str]:
     """Return the table of milliseconds per trial."""
     return [
-        "Asking, telling, journals and rungs on the *conditional* problem, in one run of so many trials:",
+        "Asking, telling, journals and rungs on the *conditional* problem, in one run of so many trials, on one of",
+        f"{found['machine']['cores']} CPU cores ({found['machine']['cpu']}):",
         "",
         "| method | trials | seconds | ms per trial |",
         "|---|---|---|---|",
