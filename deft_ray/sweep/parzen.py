@@ -57,7 +57,7 @@ class Space:
         good: Sequence[np.ndarray],
         others: Sequence[np.ndarray],
         dice: np.random.Generator,
-        known: Sequence[np.ndarray] = (),
+        tried: Sequence[np.ndarray] = (),
     ) -> dict[str, Scalar]:
         """Draw a point.
 
@@ -65,12 +65,12 @@ class Space:
             good: Rows of points to draw near to.
             others: Rows of points to keep away from: worse ones, and those that are being tried.
             dice: Source of randomness.
-            known: Rows of further points that are not to be drawn again.
+            tried: Rows of points that are not to be drawn again while others are left.
         """
         if not self._axes:
             return {}
         likely, unlikely = _Mixture(self._axes, good), _Mixture(self._axes, others)
-        drawn = {row.tobytes() for row in (*good, *others, *known)}
+        drawn = {row.tobytes() for row in tried}
         found: dict[str, Scalar] = {}
         for round_ in range(_ROUNDS):
             source = likely if round_ < _ROUNDS // 2 else _Mixture(self._axes, [])

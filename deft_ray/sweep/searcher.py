@@ -26,7 +26,7 @@ from deft_ray.results.points import is_feasible
 from deft_ray.results.records import Record
 from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.points import deciding_first, first_points, sample_of
-from deft_ray.spec.resolve import is_read, judged_at
+from deft_ray.spec.resolve import is_read, judged_at, rung_shares
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.order import best
 from deft_ray.sweep.parzen import Space
@@ -127,7 +127,7 @@ class TaskSearch:
             self._study.sampler = optuna.samplers.RandomSampler(seed=0)
             self._study.ask()
         self._complete(self._study.get_trials(deepcopy=False)[place], sample)
-        self._tell(place, results, baselines)
+        self._tell(place, results, baselines, self._rung_elsewhere(results, baselines))
 
     def _complete(self, trial: FrozenTrial, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Give a trial of the study that has not ended the values that it lacks; returns what it has then.
@@ -178,9 +178,9 @@ class TaskSearch:
         """Draw a point by the order in which successive halving sees what was told; at random while that is little."""
         telling = [trial for trial in known if trial.user_attrs.get("ending") in _TELLING]
         dice = np.random.default_rng(_seed(self.spec, f"{self.task} {number}"))
-        known_rows = [self._row(trial) for trial in known if trial.state != TrialState.WAITING]
+        tried = [self._row(trial) for trial in known[self._first :] if trial.state != TrialState.WAITING]
         if len(telling) < self.spec.search.startup_trials:
-            return self._space.draw([], [], dice, known_rows)
+            return self._space.draw([], [], dice, tried)
         good = {trial.number for trial in _best(telling, math.ceil(_GOOD * len(telling)))}
         under_way = [trial for trial in known if not trial.state.is_finished()]
         rows = {trial.number: self._row(trial) for trial in (*telling, *under_way)}
@@ -188,7 +188,7 @@ class TaskSearch:
             [row for place, row in rows.items() if place in good],
             [row for place, row in rows.items() if place not in good],
             dice,
-            known_rows,
+            tried,
         )
 
     def _row(self, trial: FrozenTrial) -> np.ndarray:
@@ -215,10 +215,28 @@ class TaskSearch:
             baselines: The baselines of the same seeds.
         """
         self._study.sampler = build_sampler(self.spec, f"{self.task} {number}")
-        self._tell(self._first + number, results, baselines)
+        self._tell(self._first + number, results, baselines, self._rung(results))
 
-    def _tell(self, place: int, results: Sequence[Record], baselines: Sequence[Record]) -> None:
-        """Tell the study of its trial at this place."""
+    def _rung(self, results: Sequence[Record]) -> tuple[int, float]:
+        """First rung at which one of a point's trials was pruned, and by how much the worst missed the score limit."""
+        pruned = [self._arrivals.last(record.trial) for record in results if record.status == "pruned"]
+        arrivals = [arrival for arrival in pruned if arrival is not None]
+        rung = min((arrival.rung for arrival in arrivals), default=-1)
+        return rung, max((arrival.missed for arrival in arrivals), default=0.0)
+
+    def _rung_elsewhere(self, results: Sequence[Record], baselines: Sequence[Record]) -> tuple[int, float]:
+        """The same of a known point, whose rungs may have been others: the last of ours that lies before its end.
+
+        Trials of a known point are of another sweep, whose names mean others here; so they are asked for their steps.
+        """
+        pairs = [(r.steps, b.steps) for r, b in zip(results, baselines, strict=True) if r.status == "pruned"]
+        rungs = [sum(max(1, round(share * whole)) <= done for share in rung_shares(self.spec)) for done, whole in pairs]
+        return min(rungs, default=0) - 1, 0.0
+
+    def _tell(
+        self, place: int, results: Sequence[Record], baselines: Sequence[Record], pruned_at: tuple[int, float]
+    ) -> None:
+        """Tell the study of its trial at this place; ``pruned_at`` is rung and missed limit of one that was pruned."""
         frozen: FrozenTrial = self._study.get_trials(deepcopy=False)[place]
         if frozen.state.is_finished():
             return
@@ -230,10 +248,7 @@ class TaskSearch:
         trial.set_user_attr("ending", ending.value)
         trial.set_user_attr("steps", max((record.steps for record in results), default=0))
         if ending is Ending.PRUNED and (reached := _means(results, baselines, tau)) is not None:
-            pruned = [self._arrivals.last(record.trial) for record in results if record.status == "pruned"]
-            arrivals = [arrival for arrival in pruned if arrival is not None]
-            rung = min((arrival.rung for arrival in arrivals), default=-1)
-            missed = max((arrival.missed for arrival in arrivals), default=0.0)
+            rung, missed = pruned_at
             trial.set_user_attr("pruned_at", {"rung": rung, "missed": missed, "values": list(reached)})
         missed = -values[0] - limit if ending is Ending.INFEASIBLE and values is not None and limit is not None else 0.0
         trial.set_constraint(_SCORE_LIMIT, missed)

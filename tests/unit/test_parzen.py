@@ -139,9 +139,9 @@ def test_no_point_is_drawn_twice_while_there_are_others() -> None:
     for seed in range(5):
         dice, rows = np.random.default_rng(seed), list[np.ndarray]()
         for _ in range(36):
-            rows.append(mine.encode(mine.draw(rows[:3], rows[3:], dice)))
+            rows.append(mine.encode(mine.draw(rows[:3], rows[3:], dice, rows)))
         assert len({row.tobytes() for row in rows}) == 36
-        assert mine.draw(rows[:3], rows[3:], dice)["kind"] in KINDS, "all are drawn: one of them again"
+        assert mine.draw(rows[:3], rows[3:], dice, rows)["kind"] in KINDS, "all are drawn: one of them again"
 
 
 def test_points_are_drawn_near_to_the_good_ones_and_away_from_the_others() -> None:

@@ -16,6 +16,7 @@ from deft_ray.spec.plan import build_plan
 from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.run_dir import RunDir
+from deft_ray.sweep.rungs import build_rungs, is_among_the_best
 from deft_ray.sweep.schedule import Nothing, Schedule
 from deft_ray.sweep.warm_start import check_warm_start
 from tests.searches import killed_while_asking, made_up, run_into, told
@@ -108,6 +109,40 @@ def test_known_points_that_miss_the_limit_or_diverged_are_told_as_that(tmp_path:
     endings = [trial.user_attrs.get("ending") for trial in told(tmp_path / "new", SENTIMENT)]
     assert endings[:3] == ["infeasible", "diverged", "pruned"], "failed and stopped ones say nothing"
     assert len(endings) == 6 + 1
+
+
+def test_known_points_were_pruned_where_they_were_and_not_where_ours_of_the_same_name_are(tmp_path: Path) -> None:
+    """Two seeds here: t0001 is a baseline, which goes on at every rung."""
+    write_sweep(
+        tmp_path / "old",
+        make_spec(seed=7),
+        lambda log: (
+            [replace(log[0], steps=81)]
+            + [
+                replace(record, status="pruned", steps=steps)
+                for record, steps in zip(log[1:], (9, 27, 30, 9), strict=False)
+            ]
+        ),
+    )
+    spec = make_spec(warm_start=[str(tmp_path / "old")], seeds=[0, 1], scheduler="mo_asha")
+    search = tmp_path / "new"
+    rungs = build_rungs(spec, search, is_among_the_best, lambda _task, _seed: None)
+    assert rungs is not None
+    for number, rung in ((0, 0), (1, 0), (1, 1)):
+        mine = {"task": SENTIMENT, "trial": f"t{number:04d}", "seed": number, "baseline": True}
+        assert rungs.arrive(**mine, rung=rung, step=9 * 3**rung, score=0.9, density=1.0)
+    run(Schedule(spec, search, []), [], 3)
+    assert [trial.user_attrs["pruned_at"]["rung"] for trial in told(search, SENTIMENT)[:4]] == [0, 1, 1, 0]
+
+
+def test_what_was_best_elsewhere_may_be_tried_here(tmp_path: Path) -> None:
+    """With choices alone a known point and one that is drawn are equal to the last digit."""
+    deft = {"alpha": {"choice": [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 9.9]}, "epsilon": 1e-5}
+    spec = make_spec((SENTIMENT, ENTAILMENT), deft, warm_start=["tasks"], trials=4)
+    done = run(Schedule(spec, tmp_path, []), [])
+    alphas = [[t.deft.alpha for t in done if t.task == task and not t.baseline] for task in (SENTIMENT, ENTAILMENT)]
+    assert set(alphas[0]) & set(alphas[1])
+    assert all(len(set(mine)) == 4 for mine in alphas), "none is tried twice here"
 
 
 def test_a_sweep_of_another_task_is_taken_where_it_has_not_this_one(tmp_path: Path) -> None:
