@@ -54,6 +54,7 @@ def _report(options: argparse.Namespace) -> None:
     from deft_ray.results.report import write_results
     from deft_ray.spec.schema import ReferenceSection
     from deft_ray.sweep.run_dir import RunDir
+    from deft_ray.tracking.client import default_tracking
 
     run_dir = RunDir(options.run_dir)
     if not run_dir.spec.is_file() or not run_dir.records.is_file():
@@ -72,16 +73,20 @@ def _report(options: argparse.Namespace) -> None:
         theirs = RecordLog(other.records).read()
         against = other.path.name, [*theirs, *(across_tasks(theirs, tasks) if shared else ())]
     model = spec["model"]["name"]
-    files = write_results(run_dir.path, name, [*records, *together], limit, ref=ref, model=model, against=against)
+    why, facts = run_dir.read_end()
+    default_uri, artifacts = default_tracking(run_dir.path)
+    server = spec.get("tracking", {}).get("uri")
+    uri = server or default_uri
+    everything = [*records, *together]
+    files = write_results(
+        run_dir.path, name, everything, limit, why, facts, ref=ref, model=model, tracking_uri=uri, against=against
+    )
     if options.replay_mlflow:
-        from deft_ray.tracking.client import default_tracking
         from deft_ray.tracking.mirror import Mirror, replay
 
-        uri, artifacts = default_tracking(run_dir.path)
-        server = spec["tracking"]["uri"]
         started = min((record.started_at for record in records), default=None)
         experiment = spec["tracking"]["experiment"]
-        mirror = Mirror(server or uri, experiment, None if server else artifacts, run_dir.sweep_id, name, started)
+        mirror = Mirror(uri, experiment, None if server else artifacts, run_dir.sweep_id, name, started)
         rows = {record.trial: run_dir.read_curve(record.trial) for record in records}
         replay(mirror, records, limit, rows, files, ref=ref)
     for file in files:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from deft_ray.results.records import Record
+from deft_ray.results.records import Record, lost_tasks
 
 #: Stands for all tasks of a sweep together.
 ALL_TASKS = "all-tasks"
@@ -15,7 +15,7 @@ ALL_TASKS = "all-tasks"
 def across_tasks(records: Iterable[Record], tasks: Sequence[str]) -> list[Record]:
     """Return one record for each setting and seed that is complete on all tasks: mean score and mean density.
 
-    A task that has lost its baseline does not count; before all baselines have ended there are none.
+    A task that has lost a baseline does not count; before all baselines have ended there are none.
 
     The mean score less that of the baselines is the mean score change, so fronts and score limits of these records are
     those of mean score change and mean density.
@@ -26,7 +26,7 @@ def across_tasks(records: Iterable[Record], tasks: Sequence[str]) -> list[Record
     """
     records = list(records)
     ended = {record.task for record in records if record.baseline}
-    usable = {record.task for record in records if record.baseline and record.status == "complete"}
+    usable = ended - lost_tasks(records)
     if ended != set(tasks):
         return []
     groups: dict[tuple[str, int], list[Record]] = {}

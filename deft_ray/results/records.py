@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from deft_ray.errors import RecordsError
 from deft_ray.metrics import tau_key
 
 Scalar = str | int | float | bool | None
+
+#: In the name of a trial of front seeds: ``t0007-s2`` is the third seed of ``t0007``.
+FRONT_SEED = "-s"
 
 STATUSES = ("complete", "failed", "diverged", "pruned", "stopped")
 
@@ -110,6 +113,17 @@ class Record:
     ended_at: float = 0.0
     host: str = ""
 
+    @property
+    def is_front_seed(self) -> bool:
+        """Whether it is a further seed of a setting of the front, or of a baseline for one."""
+        return FRONT_SEED in self.trial
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is complete and has a score and a density."""
+        numbers = (self.score, self.density)
+        return self.status == "complete" and all(value is not None and math.isfinite(value) for value in numbers)
+
     def at(self, tau: float) -> tuple[float | None, float | None]:
         """Score and density at a threshold; 0 is the trial as it was trained."""
         if tau == 0.0:
@@ -139,6 +153,11 @@ class Record:
         if faults:
             raise RecordsError("; ".join(faults))
         return cls(**{name: _readable(name, values[name]) for name in _KINDS if name in values})
+
+
+def lost_tasks(records: Iterable[Record]) -> set[str]:
+    """Tasks that have lost a baseline, front seeds' aside: what they have is compared with nothing."""
+    return {r.task for r in records if r.baseline and not r.is_front_seed and not r.measured}
 
 
 class RecordLog:

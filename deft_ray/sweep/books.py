@@ -18,7 +18,6 @@ from deft_ray.results.report import write_results
 from deft_ray.spec.catalog import find_task
 from deft_ray.spec.resolve import is_read
 from deft_ray.spec.schema import SweepSpec, TrialSpec
-from deft_ray.sweep.front_seeds import is_front_trial
 from deft_ray.sweep.live import LiveLines
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.sweep.schedule import Schedule
@@ -39,6 +38,7 @@ class Books:
 
     def __init__(self, spec: SweepSpec, run_dir: RunDir, schedule: Schedule, slots: int) -> None:
         self.spec, self.run_dir, self.schedule = spec, run_dir, schedule
+        run_dir.end.unlink(missing_ok=True)
         self._log = RecordLog(run_dir.records)
         self.records = self._log.read()
         self.live = LiveLines(len(self.records), slots, sys.stdout)
@@ -74,12 +74,12 @@ class Books:
         sampled: dict[str, Any] = {leaf: record.config[leaf] for leaf in self.spec.space}
         sampled = {leaf: value for leaf, value in sampled.items() if is_read(self.spec, sampled, leaf)}
         self.live.ended(record, point, sampled, self.schedule.remaining)
-        if record.baseline and record.status != "complete" and not is_front_trial(record.trial):
+        if record.baseline and record.status != "complete" and not record.is_front_seed:
             self.live.say(f"the baseline of {record.task} failed: no more trials of this task")
         write_front_csv(self.run_dir.path / "front.csv", self._fronts(found), settings=varying(found))
         self._mirror_record(record, found, rows, len(self.records))
 
-    def finish(self, stop_reason: str, status: str, extra: dict[str, Any]) -> list[str]:
+    def finish(self, stop_reason: str, status: str, extra: dict[str, str]) -> list[str]:
         """Write tables, plots and the report; end the MLflow run.
 
         Args:
@@ -90,6 +90,7 @@ class Books:
         Returns:
             What MLflow does not have, one line each.
         """
+        self.run_dir.write_end(stop_reason, extra)
         files = write_results(
             self.run_dir.path,
             self.spec.name,
@@ -115,7 +116,7 @@ class Books:
         if not self.schedule.has_baselines:
             return []
         limit = self.spec.constraint.max_score_drop
-        baselines = [record for record in self.records if record.baseline and not is_front_trial(record.trial)]
+        baselines = [record for record in self.records if record.baseline and not record.is_front_seed]
         return misplaced_reference(compare(baselines), limit, self.spec.reference.point)
 
     def summary(self) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from deft_ray.results.across import across_tasks
 from deft_ray.results.front import hypervolume
 from deft_ray.results.points import compare
-from deft_ray.results.records import Record
+from deft_ray.results.records import Record, lost_tasks
 from deft_ray.spec.schema import SweepSpec
-from deft_ray.sweep.front_seeds import is_front_trial
 
 
 class Budget:
@@ -61,24 +61,26 @@ class Budget:
         return f"no hypervolume has grown by {budget.stall_growth:g} in the last {budget.stall_trials} trials"
 
     def _stalls(self, records: Sequence[Record], last: int) -> bool:
-        """Whether no task's hypervolume has grown enough by its last so many points.
+        """Whether no front's hypervolume has grown enough by its last so many points.
 
-        A point counts once all its seeds have ended, front seeds aside. A task whose baseline was lost has no more
-        points, and nothing to say.
+        A point counts once all its trials have ended, front seeds aside. A task that has lost a baseline has no more
+        points, and nothing to say. Where a point is for all tasks, the front is that of all of them together.
         """
-        records = [record for record in records if not is_front_trial(record.trial)]
-        lost = {record.task for record in records if record.baseline and record.status != "complete"}
-        for task in set(self._spec.data.tasks) - lost:
-            mine = [record for record in records if record.task == task]
+        records = [record for record in records if not record.is_front_seed]
+        tasks, shared = set(self._spec.data.tasks) - lost_tasks(records), self._spec.search.scope == "shared"
+        for members in [tasks] if shared else [{task} for task in tasks]:
+            mine = [record for record in records if record.task in members]
             ends: dict[str, list[int]] = {}
             for place, record in enumerate(mine):
                 if not record.baseline:
                     ends.setdefault(record.setting or record.trial, []).append(place)
-            whole = [name for name, places in ends.items() if len(places) == len(self._spec.search.seeds)]
+            trials = len(self._spec.search.seeds) * len(members)
+            whole = [name for name, places in ends.items() if len(places) == trials]
             late = sorted(whole, key=lambda name: ends[name][-1])[-last:]
             if len(whole) < last:
                 return False
-            found = compare(mine, self._spec.constraint.max_score_drop)
+            judged = across_tasks(records, self._spec.data.tasks) if shared else mine
+            found = compare(judged, self._spec.constraint.max_score_drop)
             known = [point for point in found if point.baseline or point.key[1] in whole]
             before = [point for point in known if point.baseline or point.key[1] not in late]
             ref = self._spec.reference.point

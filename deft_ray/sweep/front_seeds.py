@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 from deft_ray.results.front import front
 from deft_ray.results.points import compare
-from deft_ray.results.records import Record
+from deft_ray.results.records import FRONT_SEED, Record
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.searcher import changes
-
-_MARK = "-s"
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,7 @@ class FrontTrial:
     @property
     def trial(self) -> str:
         """Its id: ``t0007-s2`` is the third seed of ``t0007``."""
-        return f"{self.setting}{_MARK}{self.place}"
-
-
-def is_front_trial(trial: str) -> bool:
-    """Whether a trial's id is one of front seeds."""
-    return _MARK in trial
+        return f"{self.setting}{FRONT_SEED}{self.place}"
 
 
 def front_trials(spec: SweepSpec, ended: Mapping[str, Record], baselines: Mapping[str, str]) -> list[FrontTrial]:

@@ -35,6 +35,7 @@ class RunDir:
         self.records = self.path / "records.jsonl"
         self.search = self.path / "search"
         self.curves = self.path / "curves"
+        self.end = self.path / "end.json"
 
     def check_new(self) -> None:
         """Check that a new sweep may be written here.
@@ -123,6 +124,15 @@ class RunDir:
     def storage(self, spec: SweepSpec) -> str:
         """Where this sweep's checkpoints and Ray's own state go: the run directory, or its folder in ``storage``."""
         return str(self.path) if spec.storage is None else f"{spec.storage.rstrip('/')}/{self.sweep_id}"
+
+    def write_end(self, reason: str, facts: dict[str, str]) -> None:
+        """Keep why the sweep has ended, and what else its report says; goes with the next ``--resume``."""
+        self._write(self.end, json.dumps({"reason": reason, "facts": facts}, indent=2, ensure_ascii=False) + "\n")
+
+    def read_end(self) -> tuple[str, dict[str, str]]:
+        """Return what :meth:`write_end` kept; nothing of a sweep that was killed, or that runs."""
+        found = json.loads(self.end.read_text(encoding="utf-8")) if self.end.is_file() else {}
+        return found.get("reason", ""), found.get("facts", {})
 
     def write_curve(self, trial: str, rows: list[dict[str, Any]]) -> None:
         """Keep a trial's metric rows, all of them or none."""

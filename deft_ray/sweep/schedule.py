@@ -16,8 +16,8 @@ from deft_ray.results.records import Record
 from deft_ray.spec.points import count_points, sample_of
 from deft_ray.spec.resolve import resolve_baseline, resolve_trial
 from deft_ray.spec.schema import SweepSpec, TrialSpec
-from deft_ray.sweep.front_seeds import FrontTrial, front_trials, is_front_trial
-from deft_ray.sweep.searcher import TaskSearch, changes
+from deft_ray.sweep.front_seeds import FrontTrial, front_trials
+from deft_ray.sweep.searcher import TaskSearch
 from deft_ray.sweep.warm_start import EARLIER_TASKS, from_sweeps, keep, kept, known_points
 
 
@@ -197,7 +197,7 @@ class Schedule:
     def ended(self, record: Record) -> None:
         """Take note of an ended trial, and tell its study once all of its point's seeds have ended."""
         self._ended[record.trial] = record
-        if is_front_trial(record.trial):
+        if record.is_front_seed:
             return  # its point has been told
         place = int(record.trial[1:]) - len(self.baselines)
         if place >= 0:
@@ -244,7 +244,7 @@ class Schedule:
 
     def _is_lost(self, task: str, seed: int) -> bool:
         record = self._baseline(task, seed)
-        return record is not None and changes([record], [record]) is None
+        return record is not None and not record.measured
 
 
 def trial_id(index: int) -> str:

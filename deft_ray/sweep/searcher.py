@@ -42,8 +42,8 @@ class Ending(enum.StrEnum):
     """How a point ended; of several seeds the first of these that any of them met."""
 
     FAILED = "failed"
-    STOPPED = "stopped"
     DIVERGED = "diverged"
+    STOPPED = "stopped"
     PRUNED = "pruned"
     INFEASIBLE = "infeasible"
     COMPLETE = "complete"
@@ -153,21 +153,23 @@ class TaskSearch:
         return {dotted: values[dotted] for dotted in self.spec.space if dotted in values}
 
     def _view(self, known: Sequence[FrozenTrial]) -> optuna.Study:
-        """A copy of the study's trials; for a Gaussian process diverged points have the worst values in it.
+        """A copy of the study's trials; for a Gaussian process all that say something have values in it.
 
-        It looks at values alone: what it never saw it would take for good, and ask for it again and again.
+        It looks at values alone: what it never saw it would take for good, and ask for it again and again. A pruned
+        point has those of its rung, unless it missed the score limit there; that, and a diverged one, has the worst.
         """
         view = optuna.create_study(directions=self._study.directions, sampler=self._study.sampler)
         measured = [trial.values for trial in known if trial.state == TrialState.COMPLETE]
         worst = [min((score for score, _ in measured), default=-1.0), max((d for _, d in measured), default=1.0)]
         for trial in known:
-            diverged = self.spec.search.sampler == "gp" and trial.user_attrs.get("ending") == Ending.DIVERGED
+            pruned = trial.state == TrialState.PRUNED and self.spec.search.sampler == "gp"
+            reached = trial.user_attrs.get("pruned_at", {"missed": math.inf, "values": worst})
             view.add_trial(
                 optuna.trial.create_trial(
-                    state=TrialState.COMPLETE if diverged else trial.state,
+                    state=TrialState.COMPLETE if pruned else trial.state,
                     params=trial.params,
                     distributions=trial.distributions,
-                    values=worst if diverged else trial.values,
+                    values=(worst if reached["missed"] > 0.0 else reached["values"]) if pruned else trial.values,
                     user_attrs=trial.user_attrs,
                     system_attrs=trial.system_attrs,
                 )

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from deft_ray.cli import main
 from tests.integration.sweeps import records, start, stop, sweep, wait_until
 from tests.tiny import write_glue, write_tiny_bert
 
@@ -77,7 +78,10 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
     assert early.returncode == 0, early.stdout + early.stderr
     why = "budget.steps = 20 is spent (36)"
     assert f"ended early: {why}; 6 trials not run" in early.stdout
-    assert why in (cut / "report.md").read_text()
+    report = (cut / "report.md").read_text()
+    assert f"- Ended because: {why}\n" in report
+    assert main(["report", str(cut)]) == 0
+    assert (cut / "report.md").read_text() == report, "written again from what the sweep left"
     process = start(spec, cut, "--resume")
     wait_until(lambda: len(records(cut)) >= 4, process)
     stop(process, signal.SIGKILL)

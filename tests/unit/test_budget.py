@@ -81,6 +81,30 @@ def test_a_task_that_still_grows_keeps_the_sweep_going() -> None:
     assert budget.stalled([*one, *other, ended(0.5, 20, "nano-question")]) is None
 
 
+def test_one_setting_for_all_tasks_grows_the_front_of_all_tasks() -> None:
+    """None of the later settings is the sparsest on either task, and they are by far the sparsest on both together."""
+    tasks = ("nano-sentiment", "nano-question")
+    tree = {
+        "name": "s",
+        "data": {"tasks": list(tasks)},
+        "train": {"steps": 10},
+        "search": {"scope": "shared"},
+        "budget": {"stall_trials": 2, "stall_growth": 0.05},
+    }
+    spec, faults = check_tree(tree)
+    assert spec is not None, faults
+
+    def both(setting: str, *densities: float, **fields: Any) -> list[Record]:
+        pairs = zip(tasks, densities, strict=True)
+        return [ended(d, 0, task, trial=f"{setting}{task[5]}", setting=setting, **fields) for task, d in pairs]
+
+    known = [*both("b", 0.9, 0.9, baseline=True), *both("x", 0.1, 0.8), *both("y", 0.8, 0.1), *both("v", 0.8, 0.8)]
+    grown = [*known, *both("z", 0.15, 0.15), *both("w", 0.8, 0.8)]
+    assert Budget(spec, time.time()).stalled(grown) is None
+    assert Budget(spec, time.time()).stalled([*grown, *both("u", 0.8, 0.8)[:1]]) is None, "it has not ended"
+    assert Budget(spec, time.time()).stalled([*grown, *both("u", 0.8, 0.8)]) is not None
+
+
 @pytest.mark.parametrize(
     ("limits", "path"),
     [({"wall_hours": 0}, "wall_hours"), ({"steps": 1.5}, "steps"), ({"stall_trials": 0}, "stall_trials")],

@@ -604,6 +604,13 @@ def test_settings_across_tasks_stand_at_mean_score_change_and_mean_density() -> 
     assert across_tasks(before[:1] + good, ["rte", "cola"]) == [], "before all baselines have ended"
     lost = [before[0], replace(before[1], status="failed")]
     assert [r.score for r in across_tasks([*lost, good[0]], ["rte", "cola"])] == [0.8, 0.7], "of the task that is left"
+    for how in ({"status": "diverged"}, {"score": math.nan}):  # of a second seed: the schedule drops the task
+        second = [replace(record, seed=1, trial=f"{record.trial}-1") for record in before]
+        lost = [*before, second[0], replace(second[1], **how)]
+        found = across_tasks([*lost, good[0]], ["rte", "cola"])
+        assert [(r.seed, r.score) for r in found] == [(0, 0.8), (1, 0.8), (0, 0.7)]
+    further = replace(before[1], trial="b-s1", seed=1, status="diverged")
+    assert len(across_tasks([*before, further, *good], ["rte", "cola"])) == 2, "a front seed is lost alone"
 
 
 def test_a_setting_has_the_name_of_its_first_seed_whichever_ended_first() -> None:

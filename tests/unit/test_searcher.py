@@ -43,7 +43,7 @@ def make_spec(deft: dict[str, Any] | None = None, limit: float | None = None, **
         "data": {"tasks": [TASK]},
         "adapter": {"kind": {"choice": ["lora", "bottleneck"]}, "r": {"randint": [2, 8]}},
         "deft": SPACE if deft is None else deft,
-        "train": {"steps": 1},
+        "train": {"steps": 27},
         "baseline": {"adapter.kind": "lora", "adapter.r": 4},
         "search": {"trials": 40, "startup_trials": 5, **search},
         "constraint": {"max_score_drop": limit},
@@ -363,6 +363,34 @@ def test_the_sampler_keeps_away_from_what_breaks_the_limit(tmp_path: Path, sampl
 
     assert sum(alpha > 5 for alpha in late) / len(late) < 0.2, "three fifths of what chance would ask for"
     assert sum(0.2 < alpha <= 1 for alpha in late) / len(late) > 0.35, "twice what chance would ask for"
+
+
+@pytest.mark.parametrize("sampler", ["mo_tpe", "nsga2", "gp"])
+def test_the_sampler_keeps_away_from_what_collapses_at_a_rung(tmp_path: Path, sampler: str) -> None:
+    """α above 1 leaves no activation and no score, and is pruned each time; half of what chance would ask for.
+
+    Optuna's TPE, which sees no values of what was pruned, hardly learns it: 0.45.
+    """
+    deft = {"alpha": {"loguniform": [0.01, 100.0]}, "epsilon": {"loguniform": [1e-7, 1e-2]}}
+    seeds, count = (1, 24) if sampler == "gp" else (4, 60)
+    late = list[float]()
+    for seed in range(seeds):
+        folder = tmp_path / str(seed)
+        spec = make_spec(deft, 0.05, sampler=sampler, startup_trials=8, seed=seed, scheduler="mo_asha")
+        rungs, search, asked = Rungs(3.0, 0.05, folder / JOURNAL), TaskSearch(spec, TASK, folder), list[float]()
+        rungs.arrive(task=TASK, trial="b", seed=0, baseline=True, rung=0, step=9, score=0.9, density=0.99)
+        for number in range(count):
+            alpha, trial = float(search.point(number)["deft.alpha"]), f"t{number}"
+            asked.append(alpha)
+            score, density = (0.9, 1.0 / (1.0 + alpha)) if alpha <= 1 else (0.1, 0.001)
+            if alpha > 1:
+                named = {"task": TASK, "trial": trial, "seed": 0, "baseline": False}
+                rungs.arrive(**named, rung=0, step=9, score=score, density=density)
+            result = record("complete" if alpha <= 1 else "pruned", score=score, density=density, trial=trial)
+            search.tell(number, [result], [BASELINE])
+        late += asked[count // 2 :]
+
+    assert sum(alpha > 1 for alpha in late) / len(late) < 0.4
 
 
 # --- a thresholded density --------------------------------------------------------------------------------------------
