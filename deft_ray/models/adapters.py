@@ -98,9 +98,11 @@ def attach_adapter(
 
     Raises:
         ValueError: If the adapter does not fit the base: a target names no module (PEFT alone would pass over it in
-            silence), a bottleneck has no hidden unit, or virtual tokens leave too few positions for the source.
+            silence), a bottleneck has no hidden unit, or the source takes more positions than there are, with
+            virtual tokens or without.
     """
-    config = _peft_config(base, adapter, source_tokens)
+    _require_positions(base, adapter.virtual_tokens if isinstance(adapter, Prefix | Prompt) else 0, source_tokens)
+    config = _peft_config(base, adapter)
     if outputs is not None:
         renew_head(base.model, base.family, outputs)
     model: PeftModel = get_peft_model(base.model, config)
@@ -110,7 +112,7 @@ def attach_adapter(
     return model
 
 
-def _peft_config(base: Base, adapter: Adapter, source_tokens: int) -> PeftConfig:
+def _peft_config(base: Base, adapter: Adapter) -> PeftConfig:
     task = TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS
     if isinstance(adapter, Lora):
         if isinstance(adapter.target_modules, list):
@@ -132,7 +134,6 @@ def _peft_config(base: Base, adapter: Adapter, source_tokens: int) -> PeftConfig
             target_modules=[f"{names[site.block]}.{site.output}" for site in base.sites],
             task_type=task,
         )
-    _require_positions(base, adapter.virtual_tokens, source_tokens)
     if isinstance(adapter, Prefix):
         return _prefix_config(base, adapter.virtual_tokens, task)
     return PromptTuningConfig(
@@ -171,20 +172,30 @@ def _require_targets(base: Base, target_modules: list[str]) -> None:
 def _require_positions(base: Base, virtual_tokens: int, source_tokens: int) -> None:
     """Virtual tokens take positions, a prefix's too; T5's relative ones do not end."""
     there = _positions(base)
-    if there is not None and virtual_tokens + source_tokens > there:
+    if there is None or virtual_tokens + source_tokens <= there:
+        return
+    if not virtual_tokens:
         raise ValueError(
-            f"adapter.virtual_tokens: {virtual_tokens} virtual tokens and sources of up to {source_tokens} tokens take "
-            f"{virtual_tokens + source_tokens} positions, the model has {there}; take fewer virtual tokens or lower "
-            "data.max_source_tokens"
+            f"data.max_source_tokens: there are sources of {source_tokens} tokens, the model has {there} positions; "
+            "lower it to that"
         )
+    raise ValueError(
+        f"adapter.virtual_tokens: {virtual_tokens} virtual tokens and sources of up to {source_tokens} tokens take "
+        f"{virtual_tokens + source_tokens} positions, the model has {there}; take fewer virtual tokens or lower "
+        "data.max_source_tokens"
+    )
 
 
 def _positions(base: Base) -> int | None:
-    """Count the learnt positions that a source can take; RoBERTa numbers them from behind its padding token."""
+    """Count the learnt positions that a source can take; RoBERTa numbers them from behind its padding token.
+
+    None where they do not end: T5's are relative, images are of one size.
+    """
     for name, module in base.model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
+    there: int | None = getattr(base.model.config, "max_position_embeddings", None)
+    return there
 
 
 def virtual_positions(model: PeftModel) -> int:

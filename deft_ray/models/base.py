@@ -21,7 +21,7 @@ from transformers import (
 
 from deft_ray.density.sites import Site
 from deft_ray.models.families import FAMILIES, Family, activation_name, find_sites
-from deft_ray.models.wo import check_wo, loading_wo, settle_wo
+from deft_ray.models.wo import check_logits, check_wo, loading_wo, settle_wo
 from deft_ray.nano import MODEL_DIR
 from deft_ray.spec.catalog import NANO
 
@@ -118,8 +118,9 @@ def load_base(
         _settle_quantised(model, name)
         if known.name == "t5":
             settle_wo(sites, wo)
-        if wo == "nf4":
-            check_wo(model, sites)
+            if wo == "nf4":
+                check_wo(model, sites)
+            check_logits(model)
     for site in sites if relu else ():
         site.put(nn.ReLU())
     tokenizer = None if known.images else _load_tokenizer(source, revision, model, known)

@@ -86,6 +86,8 @@ def folder_faults(folder: Path) -> list[str]:
     """List what is wrong with a data folder's images, without opening one."""
     place, train = folder / FOLDER, class_names(folder)
     faults = []
+    if len(train) == 1:
+        faults.append(f"{place / 'train'}: data.dir: one class, {train[0]}; needs a subfolder for each of two or more")
     for split in ("train", "validation"):
         if not (place / split).is_dir():
             faults.append(f"{place / split}: data.dir: no such folder; the task 'images' needs this split")

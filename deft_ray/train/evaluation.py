@@ -227,7 +227,7 @@ class Evaluator:
         labels = pad(answers, IGNORED, self.target_length).to(self.ranks.device)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
             logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels)
-        if logits.isnan().any():
+        if not logits.isfinite().all():
             return [math.nan] * len(examples)
         steps = StepCounts()
         with self.probe.counting(steps, {"decoder": labels}):
@@ -266,10 +266,9 @@ def _ratio(counts: Tensor) -> float | None:
 
 
 def _finite_or_nan(chosen_B: Tensor, scores_BC: Tensor) -> list[Prediction]:
-    """What was chosen; no number where a score is none, as an argmax would hide it."""
-    return [
-        math.nan if bad else float(value) for value, bad in zip(chosen_B, scores_BC.isnan().any(dim=-1), strict=True)
-    ]
+    """What was chosen; no number where a score is none or infinite, as an argmax would hide it."""
+    finite_B = scores_BC.isfinite().all(dim=-1)
+    return [float(value) if finite else math.nan for value, finite in zip(chosen_B, finite_B, strict=True)]
 
 
 def token_log_likelihood(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,22 @@ def test_virtual_tokens_and_source_may_fill_all_positions(
     with pytest.raises((IndexError, RuntimeError)):  # one more and the model itself fails, without saying why
         model(input_ids=torch.full((1, 501), 40), attention_mask=torch.ones(1, 501))
     detach_adapter(model)
+
+
+@pytest.mark.parametrize(("name", "there"), [("bert", 512), ("roberta", 512), ("opt", 512), ("gpt2", 512)])
+@pytest.mark.parametrize("adapter", [Lora(2, 4.0, 0.0, "all-linear"), Bottleneck(16)])
+def test_a_source_may_fill_all_positions_and_no_more(
+    tiny_models: dict[str, Path], name: str, there: int, adapter: Adapter
+) -> None:
+    base = load_base(str(tiny_models[name]), name)
+    model = attach(base, 2, adapter, source_tokens=there).eval()
+    ids = torch.full((1, there), 40)
+    assert torch.isfinite(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
+    detach_adapter(model)
+    message = f"data.max_source_tokens: there are sources of {there + 1} tokens, the model has {there} positions; "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        attach(base, 2, adapter, source_tokens=there + 1)
+    assert not hasattr(base.model, "peft_config")
 
 
 def test_relative_positions_do_not_end(bases: dict[str, Base]) -> None:

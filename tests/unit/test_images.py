@@ -98,6 +98,13 @@ def test_a_split_without_classes_is_named(folder: Path) -> None:
     assert check(folder) == ["train: data.dir: no classes; needs a subfolder with images for each class"]
 
 
+def test_a_single_class_is_refused(folder: Path) -> None:
+    """A head with one output is a regression's."""
+    for split, name in ((split, name) for split in ("train", "validation") for name in ("green", "blue")):
+        shutil.rmtree(folder / "images" / split / name)
+    assert check(folder) == ["train: data.dir: one class, red; needs a subfolder for each of two or more"]
+
+
 def test_a_class_that_training_lacks_is_named(folder: Path) -> None:
     shutil.copytree(folder / "images" / "validation" / "red", folder / "images" / "validation" / "pink")
     assert check(folder) == [

@@ -309,6 +309,33 @@ def test_epsilon_narrows_over_the_training(trial: Trial, open_slot: Any) -> None
     assert seen == pytest.approx([1e-1, 1e-2, 1e-3, 1e-4, 1e-5], rel=1e-6)
 
 
+def test_each_step_takes_the_gradient_of_its_own_alpha_and_epsilon(trial: Trial, open_slot: Any) -> None:
+    """Every step has all examples and moves nothing, so that AdamW's first moment tells each step's gradient."""
+    spec = trial(
+        "dry-t5",
+        deft__alpha=2.0,
+        deft__alpha_delay=0.34,
+        deft__alpha_ramp=0.5,
+        deft__epsilon=1e-1,
+        deft__epsilon_end=1e-6,
+        train__steps=6,
+        train__batch_size=30,
+        train__learning_rate=1e-12,
+        train__max_grad_norm=0.0,
+    )
+    slot = shaken(open_slot(spec))
+    assert len(slot.data.train) == 30
+    moments = {name: torch.zeros_like(p) for name, p in slot.model.named_parameters() if p.requires_grad}
+    for step, alpha in enumerate((0.0, 0.0, 2 / 3, 4 / 3, 2.0, 2.0)):
+        epsilon = 10.0 ** -(step + 1)
+        want = built_gradient(slot, alpha, alpha, lambda act, eps=epsilon: act**2 / (act**2 + eps))
+        slot.step()
+        after = {name: moment * 0.1 for name, moment in taken_gradient(slot).items()}
+        got = {name: (after[name] - 0.9 * before) / 0.1 for name, before in moments.items()}
+        assert worst(got, want) < 1e-4, step
+        moments = after
+
+
 @pytest.mark.parametrize("micro", [None, 2])
 def test_padding_counts_where_the_paper_counts_it(trial: Trial, open_slot: Any, micro: int | None) -> None:
     spec = trial(
