@@ -1,6 +1,7 @@
 # make sweep   install and run the quickstart sweep
 # make test    install, then lint, types, unit and integration tests: what CI runs
 # make bench   the figures of the README, minutes each, as JSON in benchmarks/results/
+# make bench-search   the tables and plots of docs/search.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -8,7 +9,7 @@ INSTALLED := .venv/installed
 DEVELOPMENT := .venv/installed-dev
 ARGS ?=
 
-.PHONY: sweep test check lint types unit integration real-data bench clean
+.PHONY: sweep test check lint types unit integration real-data bench bench-search clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m deft_ray.sweep search_spaces/quickstart.yaml $(ARGS)
@@ -42,6 +43,13 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/density_loss.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/support.py
+
+# docs/search.md, hours: syne-tune has to be installed beside (pip install --no-deps syne-tune).
+bench-search: $(INSTALLED)
+	$(BIN)/python benchmarks/search/compare.py
+	$(BIN)/python benchmarks/early_stopping.py
+	$(BIN)/python benchmarks/search/paths.py
+	$(BIN)/python benchmarks/search/page.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -29,6 +29,7 @@ import moocore
 import numpy as np
 from problems import PROBLEMS, STEPS, Problem, best_front
 from rivals import RIVALS, run_rival
+from scipy.stats import t as student
 from simulate import Ended, build_spec, simulate
 from table import TABLE, load_table
 
@@ -182,7 +183,7 @@ def summarise(name: str, method: str, curves: list[dict[str, Curve]]) -> dict[st
 
 def _summarise(curves: list[Curve], at: list[int]) -> dict[str, Any]:
     shares = np.array([[max(share for step, share in curve if step <= steps) for steps in at] for curve in curves])
-    half = 1.96 * shares.std(axis=0, ddof=1) / len(curves) ** 0.5
+    half = student.ppf(0.975, len(curves) - 1) * shares.std(axis=0, ddof=1) / len(curves) ** 0.5
     reached = [next((step for step, share in curve if share >= ENOUGH), None) for curve in curves]
     median = statistics.median([step if step is not None else np.inf for step in reached])
     return {

@@ -27,13 +27,15 @@ Known = tuple[list[Record], list[Record]]
 def known_points(records: Iterable[Record], tasks: Iterable[str]) -> list[Known]:
     """Return the ended points of some tasks that have their baselines, in the order of their first records.
 
-    A path's points are left out: what they found takes the training that went before them.
+    A path's points are left out: what they found takes the training that went before them. A front seed that came to
+    nothing is left out alone.
     """
     records, tasks = list(records), set(tasks)
     baselines = {(r.task, r.seed, r.dtype): r for r in records if r.baseline and r.status == "complete"}
     points: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record.task in tasks and not record.baseline and not record.started_from:
+        nothing = record.is_front_seed and not record.measured
+        if record.task in tasks and not (record.baseline or record.started_from or nothing):
             points.setdefault((record.task, record.setting or record.trial), []).append(record)
     found = []
     for results in points.values():

@@ -155,6 +155,15 @@ def test_encoder_heads_as_plain_peft_reads_them(
     assert found.counts.density("decoder") is None
 
 
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_infinite_outputs_are_not_scored(trial: Trial, open_slot: Any, task: str) -> None:
+    slot = open_slot(trial("bert", task))
+    head = slot.base.model.get_submodule("classifier")
+    head.register_forward_hook(lambda _m, _i, out: torch.full_like(out, math.inf))
+    with pytest.raises(FloatingPointError, match=r"^the model's outputs are not finite in the evaluation$"):
+        slot.evaluate()
+
+
 @pytest.mark.parametrize(("name", "task"), [("t5", "mrpc"), ("t5", "squad"), ("bert", "rte"), ("bert", "stsb")])
 def test_outputs_that_are_no_numbers_are_not_scored(trial: Trial, open_slot: Any, name: str, task: str) -> None:
     slot = open_slot(trial(name, task))

@@ -111,6 +111,17 @@ def test_known_points_that_miss_the_limit_or_diverged_are_told_as_that(tmp_path:
     assert len(endings) == 6 + 1
 
 
+def test_a_front_seed_that_failed_does_not_take_its_point_with_it(tmp_path: Path) -> None:
+    def change(log: list[Record]) -> list[Record]:
+        best = log[1]
+        further = {"trial": f"{best.trial}-s1", "setting": best.trial, "seed": 1, "status": "failed"}
+        return [*log, replace(log[0], trial="t0000-s1", seed=1), replace(best, score=None, density=None, **further)]
+
+    write_sweep(tmp_path / "old", make_spec(seed=7), change)
+    run(Schedule(make_spec(warm_start=[str(tmp_path / "old")]), tmp_path / "new", []), [], 2)
+    assert [trial.user_attrs["ending"] for trial in told(tmp_path / "new", SENTIMENT)[:8]] == ["complete"] * 8
+
+
 def test_known_points_were_pruned_where_they_were_and_not_where_ours_of_the_same_name_are(tmp_path: Path) -> None:
     """Two seeds here: t0001 is a baseline, which goes on at every rung."""
     write_sweep(
