@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -19,6 +21,7 @@ from paper_table import TASKS
 from store import RESULTS, machine_line, origin, store
 from sweeps import ROOT, run_sweep
 
+from deft_ray.metrics import tau_key
 from deft_ray.results.front import front, hypervolume, points
 from deft_ray.results.paired import paired_drop, with_paired_tests
 from deft_ray.results.points import Point, merge
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tasks", default="sst2,stsb")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real_front")
+    parser.add_argument("--as-it-is", action="store_true", help="train nothing; take what the folders hold")
     given = parser.parse_args()
     file = RESULTS / "real_front.json"
     found = {part["task"]: part for part in (json.loads(file.read_text())["tasks"] if file.is_file() else ())}
@@ -50,7 +54,8 @@ def sweep(task: str, given: argparse.Namespace) -> dict[str, Any]:
     """Run one task's sweep, or the rest of it; returns what it found."""
     output = given.output / task
     settings = {"data.tasks": f"[{task}]", "model.name": given.encoder, "data.dir": given.data}
-    run_sweep(SPEC, output, settings)
+    if not given.as_it_is:
+        run_sweep(SPEC, output, settings)
     (PLOTS / f"real-front-{task}.png").write_bytes((output / f"pareto-{task}.png").read_bytes())
     return describe(task, output)
 
@@ -77,6 +82,7 @@ def describe(task: str, output: Path) -> dict[str, Any]:
         **origin(),
         "hours": sum(record.wall_s for record in records) / 3600,
         "max_score_drop": limit,
+        "front_seeds": spec["search"]["front_seeds"],
         "reference": list(ref),
         "hypervolumes": {name: hypervolume(mine, ref) for name, mine in groups.items()},
         "front": [told(point) for point in front(found)],
@@ -106,16 +112,16 @@ def rivals(found: Sequence[Point], records: Sequence[Record], output: Path) -> I
     beside the published recipe at the same τ, on the seeds that it was trained with.
     """
     complete = [record for record in records if record.status == "complete"]
-    thresholds = _dialled([record for record in complete if record.baseline])
-    recipe = _dialled([record for record in complete if is_recipe(record)])
+    thresholds = _dial([record for record in complete if record.baseline])
+    recipe = _dial([record for record in complete if is_recipe(record)])
     for point in front(found):
         if point.baseline:
             continue
         mine = [p for p in found if p.key == point.key and p.status == "complete"]
-        no_denser = [rival for rival in thresholds if rival["density"] <= point.density]
-        best = max(no_denser, key=lambda one: one["score"], default=None)
-        same = next(rival for rival in thresholds if rival["tau"] == point.tau)
-        theirs = next((rival for rival in recipe if rival["tau"] == point.tau), None)
+        no_denser = [rival for rival in thresholds if rival.density <= point.density]
+        best = max(no_denser, key=lambda one: one.score, default=None)
+        same = next(rival for rival in thresholds if rival.tau == point.tau)
+        theirs = next((rival for rival in recipe if rival.tau == point.tau), None)
         beside = {
             "same_tau": _against(mine, same, output),
             "no_denser": best and _against(mine, best, output),
@@ -124,36 +130,48 @@ def rivals(found: Sequence[Point], records: Sequence[Record], output: Path) -> I
         yield {"trial": point.trial, "tau": point.tau, "score": point.score, "density": point.density, **beside}
 
 
-def _against(mine: Sequence[Point], rival: dict[str, Any], output: Path) -> dict[str, Any]:
-    """What a point's seeds gain on a thresholded baseline's."""
+def _against(mine: Sequence[Point], rival: _Dialled, output: Path) -> dict[str, Any]:
+    """What a point's seeds gain on a rival's, on the seeds that both have."""
+    theirs = {record.seed: record for record in rival.records}
+    both = [point for point in mine if point.seed in theirs]
     pairs = [
         (
-            read_predictions(output, rival["trials"][point.seed]),
-            rival["tau"],
+            read_predictions(output, theirs[point.seed].trial),
+            rival.tau,
             read_predictions(output, point.trial),
             point.tau,
         )
-        for point in mine
-        if point.seed in rival["trials"]
+        for point in both
     ]
-    paired = paired_drop(rival["metric"], pairs)
+    paired = paired_drop(rival.records[0].score_metric, pairs)
     assert paired is not None, "a sweep keeps what its trials said"
-    kept = {name: rival[name] for name in ("tau", "score", "density")}
-    return {**kept, "seeds": len(pairs), "gain": paired.drop, "low": paired.low, "high": paired.high}
+    beside = _Dialled(rival.tau, [theirs[point.seed] for point in both])
+    told = {"tau": beside.tau, "score": beside.score, "density": beside.density, "seeds": len(both)}
+    return {**told, "gain": paired.drop, "low": paired.low, "high": paired.high}
 
 
-def _dialled(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One setting at every τ of the dial, by means over its seeds: a rival may take any, chosen or not."""
-    return [
-        {
-            "tau": float(tau),
-            "metric": records[0].score_metric,
-            "trials": {record.seed: record.trial for record in records},
-            "score": sum(record.dial[tau]["score"] for record in records) / len(records),
-            "density": sum(record.dial[tau]["density"] for record in records) / len(records),
-        }
-        for tau in (records[0].dial if records else ())
-    ]
+@dataclass(frozen=True)
+class _Dialled:
+    """One setting's seeds at a τ of the dial: a rival may take any, chosen or not."""
+
+    tau: float
+    records: Sequence[Record]
+
+    @property
+    def score(self) -> float:
+        return self._mean("score")
+
+    @property
+    def density(self) -> float:
+        return self._mean("density")
+
+    def _mean(self, what: str) -> float:
+        return fmean(record.dial[tau_key(self.tau)][what] for record in self.records)
+
+
+def _dial(records: Sequence[Record]) -> list[_Dialled]:
+    """One setting at every τ of the dial."""
+    return [_Dialled(float(tau), records) for tau in (records[0].dial if records else ())]
 
 
 def part(result: dict[str, Any]) -> str:
@@ -184,6 +202,7 @@ def section(found: dict[str, Any]) -> list[str]:
         f"{found['trials']} trials of {found['steps']} steps of 32 examples, {found['dtype']}, "
         f"{found['hours']:.1f} hours of trials; score: {found['metric']}; limit: {limit:g} below the baseline.",
         machine_line(found),
+        *_cut(found),
         "",
         f"| front of | hypervolume (reference: score {ref[0]:g}, density {ref[1]:g}) |",
         "|---|---|",
@@ -210,6 +229,13 @@ def section(found: dict[str, Any]) -> list[str]:
         f"![The front](images/real-front-{found['task']}.png)",
     ]
     return lines
+
+
+def _cut(found: dict[str, Any]) -> list[str]:
+    """What to say where the sweep ended before its front seeds."""
+    seeds = found["front_seeds"]
+    fewer = len({point["trial"] for point in found["front"] if point["seeds"] < seeds})
+    return [f"Cut short: {fewer} settings of the front have fewer than {seeds} seeds."] if fewer else []
 
 
 def _row(point: dict[str, Any]) -> str:

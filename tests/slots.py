@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,23 @@ def seen_activations(slot: Slot) -> Iterator[dict[str, list[Tensor]]]:
     ]
     try:
         yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def counted_passes(slot: Slot) -> Iterator[Counter[str]]:
+    """Count how often each MLP block comes to its output, by layer: each time that it is computed again too."""
+    passes = Counter[str]()
+    hooks = [
+        site.block.get_submodule(site.output).register_forward_pre_hook(
+            lambda *_, name=site.name: passes.update([name])
+        )
+        for site in slot.base.sites
+    ]
+    try:
+        yield passes
     finally:
         for hook in hooks:
             hook.remove()

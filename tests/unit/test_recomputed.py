@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import product
@@ -14,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.slot import Slot
-from tests.slots import EPSILON, shaken, taken_gradient, worst
+from tests.slots import EPSILON, counted_passes, shaken, taken_gradient, worst
 
 #: Model and task of every family, and of T5 both blocks.
 CASES = (
@@ -32,18 +31,11 @@ COMPILED = ("dry-t5", "fused")
 @contextmanager
 def recomputed(slot: Slot, *, reentrant: bool) -> Iterator[None]:
     """Compute each layer again in the backward pass, as transformers does it."""
-    base, passes = slot.base.model, Counter[str]()
+    base = slot.base.model
     base.enable_input_require_grads()  # the reentrant kind has no gradient without
-    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    hooks = [
-        site.block.get_submodule(site.output).register_forward_pre_hook(
-            lambda *_, name=site.name: passes.update([name])
-        )
-        for site in slot.base.sites
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    with counted_passes(slot) as passes:
+        yield
     base.disable_input_require_grads()
     assert set(passes.values()) == {2 * slot.accumulation}, "every block runs twice for each part of the batch"
 
