@@ -7,7 +7,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -141,32 +141,23 @@ def first_examples(slot: Slot) -> list[Example]:
 def seen_activations(slot: Slot) -> Iterator[dict[str, list[Tensor]]]:
     """Collect what the MLP activations say, pass by pass, by layer."""
     seen: dict[str, list[Tensor]] = {site.name: [] for site in slot.base.sites}
-    hooks = [
-        site.module.register_forward_hook(lambda _m, _i, act, mine=seen[site.name]: mine.append(act))
-        for site in slot.base.sites
-    ]
-    try:
+    with ExitStack() as stack:
+        for site in slot.base.sites:
+            hook = site.module.register_forward_hook(lambda _m, _i, act, mine=seen[site.name]: mine.append(act))
+            stack.callback(hook.remove)
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def counted_passes(slot: Slot) -> Iterator[Counter[str]]:
     """Count how often each MLP block comes to its output, by layer: each time that it is computed again too."""
     passes = Counter[str]()
-    hooks = [
-        site.block.get_submodule(site.output).register_forward_pre_hook(
-            lambda *_, name=site.name: passes.update([name])
-        )
-        for site in slot.base.sites
-    ]
-    try:
+    with ExitStack() as stack:
+        for site in slot.base.sites:
+            output = site.block.get_submodule(site.output)
+            hook = output.register_forward_pre_hook(lambda *_, name=site.name: passes.update([name]))
+            stack.callback(hook.remove)
         yield passes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def soft_density(act: Tensor) -> Tensor:
