@@ -85,10 +85,11 @@ class Rungs:
     ) -> None:
         self._factor, self._limit, self._journal = reduction_factor, max_score_drop, journal
         self._decide, self._baseline_score = decide or is_among_the_best, baseline_score
-        self._arrivals: dict[tuple[str, int], Arrival] = {}
+        self._decisions: dict[tuple[str, int], bool] = {}
+        self._there: dict[tuple[str, int], list[Arrival]] = {}
+        self._baselines: dict[tuple[str, int, int], float] = {}
         for line in _whole_lines(journal):
-            arrival = Arrival(**json.loads(line))
-            self._arrivals[arrival.trial, arrival.rung] = arrival
+            self._take(Arrival(**json.loads(line)))
 
     def arrive(
         self, *, task: str, trial: str, seed: int, baseline: bool, rung: int, step: int, score: float, density: float
@@ -97,25 +98,28 @@ class Rungs:
 
         A trial that was here before gets the answer that it got.
         """
-        known = self._arrivals.get((trial, rung))
+        known = self._decisions.get((trial, rung))
         if known is not None:
-            return known.goes_on
+            return known
         missed = 0.0 if baseline else self._missed(task, seed, rung, score)
         mine = Arrival(task, trial, seed, baseline, rung, step, score, density, missed, True)
         if not baseline:
-            others = [a for a in self._arrivals.values() if (a.task, a.rung, a.baseline) == (task, rung, False)]
-            mine = replace(mine, goes_on=self._decide(others, mine, self._factor))
+            mine = replace(mine, goes_on=self._decide(self._there.get((task, rung), []), mine, self._factor))
         self._write(mine)
-        self._arrivals[trial, rung] = mine
+        self._take(mine)
         return mine.goes_on
+
+    def _take(self, arrival: Arrival) -> None:
+        self._decisions[arrival.trial, arrival.rung] = arrival.goes_on
+        if arrival.baseline:
+            self._baselines.setdefault((arrival.task, arrival.seed, arrival.rung), arrival.score)
+        else:
+            self._there.setdefault((arrival.task, arrival.rung), []).append(arrival)
 
     def _missed(self, task: str, seed: int, rung: int, score: float) -> float:
         if self._limit is None:
             return 0.0
-        there = (
-            a.score for a in self._arrivals.values() if (a.task, a.seed, a.rung, a.baseline) == (task, seed, rung, True)
-        )
-        baseline = next(there, None)
+        baseline = self._baselines.get((task, seed, rung))
         if baseline is None:
             return 0.0
         in_the_end = self._baseline_score(task, seed)

@@ -8,6 +8,7 @@ and again for those that stand on it when their means have moved it; ``t0007-s2`
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Schedule:
         self._given: set[str] = set()
         self._skipped = frozenset[str]()
         self.baselines = [(task, seed) for task in self._tasks for seed in self._seeds]
+        self._order = deque(self._in_order())
         for record in records:
             self._ended[record.trial] = record
         for number in range(self._points):
@@ -104,13 +106,12 @@ class Schedule:
                 self._given.add(trial)
                 return resolve_baseline(self.spec, trial, task, seed, self._baseline_id(task))
         lost = self.failed_tasks
-        for number, task in self._order():
+        while self._order and not (self._order[0][1] not in lost and self._to_start(*self._order[0])):
+            self._order.popleft()
+        for number, task in self._order:
             if task in lost:
                 continue
-            for place, seed in enumerate(self._seeds):
-                trial = self._id(task, number, place)
-                if trial in self._ended or trial in self._given or trial in self._skipped:
-                    continue
+            for place, trial in self._to_start(number, task):
                 if not (self.has_baselines if self._shared else self._has_baselines(task)):
                     blocked = True
                     continue
@@ -122,8 +123,14 @@ class Schedule:
                     continue
                 self._given.add(trial)
                 sample, setting = self._search(task).point(number), self._setting(task, number)
-                return resolve_trial(self.spec, trial, task, seed, sample, setting, start_from, number)
+                return resolve_trial(self.spec, trial, task, self._seeds[place], sample, setting, start_from, number)
         return Nothing.YET if blocked else self._next_front_seed()
+
+    def _to_start(self, number: int, task: str) -> list[tuple[int, str]]:
+        """Trials of a point that are still to be started, by the place of their seed."""
+        trials = [(place, self._id(task, number, place)) for place in range(len(self._seeds))]
+        gone = (self._ended, self._given, self._skipped)
+        return [(place, trial) for place, trial in trials if not any(trial in each for each in gone)]
 
     def _start_of(self, task: str, number: int, place: int) -> str | None:
         """Trial that a point of a path goes on from: the last one before it that is complete; None while one trains.
@@ -169,7 +176,7 @@ class Schedule:
         wanted = set(tasks) - set(self.failed_tasks)
         return all(trial in self._ended or trial in self._skipped for trial, task, _ in self._all() if task in wanted)
 
-    def _order(self) -> Iterator[tuple[int, str]]:
+    def _in_order(self) -> Iterator[tuple[int, str]]:
         """Points as (number, task): the tasks in turn, or one after another where each starts from those before."""
         if self._one_by_one:
             yield from ((number, task) for task in self._tasks for number in range(self._points))

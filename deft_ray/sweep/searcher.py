@@ -74,6 +74,7 @@ class TaskSearch:
         self.spec, self.task, self._first = spec, task, len(known)
         self._space = Space({dotted: spec.space[dotted] for dotted in deciding_first(spec)}, partial(is_read, spec))
         self._rows: dict[int, np.ndarray] = {}
+        self._told: dict[int, _Told | None] = {}
         self._arrivals = Arrivals(folder / JOURNAL)
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -104,7 +105,11 @@ class TaskSearch:
             again = self._ask_aside(known[:place], number)
             return self._complete(trial, {**again, **trial.params})  # killed while it was asked
         if place == len(known) and self.spec.search.sampler in ("gp", "mo_tpe"):
-            self._study.enqueue_trial(self._ask_aside(known, number))
+            values = self._ask_aside(known, number)
+            leaves = {dotted: _distribution(self.spec.space[dotted]) for dotted in values}
+            running = optuna.trial.create_trial(state=TrialState.RUNNING, params=dict(values), distributions=leaves)
+            self._study.add_trial(running)  # all of it by one line of the journal
+            return values
         asked = self._study.ask()
         assert asked.number == place, f"asked for point {number} of {self.task}, got {asked.number - self._first}"
         return self._suggest_all(asked)
@@ -178,20 +183,24 @@ class TaskSearch:
 
     def _draw(self, known: Sequence[FrozenTrial], number: int) -> dict[str, Scalar]:
         """Draw a point by the order in which successive halving sees what was told; at random while that is little."""
-        telling = [trial for trial in known if trial.user_attrs.get("ending") in _TELLING]
         dice = np.random.default_rng(_seed(self.spec, f"{self.task} {number}"))
         tried = [self._row(trial) for trial in known[self._first :] if trial.state != TrialState.WAITING]
-        if len(telling) < self.spec.search.startup_trials:
+        told = self._telling(known)
+        if len(told) < self.spec.search.startup_trials:
             return self._space.draw([], [], dice, tried)
-        good = {trial.number for trial in _best(telling, math.ceil(_GOOD * len(telling)))}
-        under_way = [trial for trial in known if not trial.state.is_finished()]
-        rows = {trial.number: self._row(trial) for trial in (*telling, *under_way)}
-        return self._space.draw(
-            [row for place, row in rows.items() if place in good],
-            [row for place, row in rows.items() if place not in good],
-            dice,
-            tried,
-        )
+        good = {trial.number for trial in _best(told, math.ceil(_GOOD * len(told)))}
+        under_way = [trial.number for trial in known if not trial.state.is_finished()]
+        others = [*(trial.number for trial in told if trial.number not in good), *under_way]
+        rows, others_rows = ([self._row(known[place]) for place in places] for places in (sorted(good), others))
+        return self._space.draw(rows, others_rows, dice, tried)
+
+    def _telling(self, known: Sequence[FrozenTrial]) -> list[_Told]:
+        """What was told that says something about its point; kept, as what was told does not change."""
+        for trial in known:
+            if trial.number not in self._told and trial.state.is_finished():
+                self._told[trial.number] = _judge(trial)
+        found = (self._told.get(trial.number) for trial in known)
+        return [told for told in found if told is not None]
 
     def _row(self, trial: FrozenTrial) -> np.ndarray:
         """Coordinates of a trial; kept, as one that was asked does not change."""
@@ -312,37 +321,53 @@ def _means(results: Sequence[Record], baselines: Sequence[Record], tau: float) -
 
 @dataclass(frozen=True)
 class _Told:
-    """A told trial with what it is judged by."""
+    """A told trial with what it is judged by: how far it came (its last rung, ∞ for its end), and the numbers there."""
 
-    trial: FrozenTrial
+    number: int
+    reached: float
     score: float
     density: float
     missed: float
 
 
-def _best(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
+def _judge(trial: FrozenTrial) -> _Told | None:
+    """Take from a told trial what it is judged by; None if its ending says nothing about its point.
+
+    With several seeds the first rung at which one was pruned counts.
+    """
+    if trial.user_attrs.get("ending") not in _TELLING:
+        return None
+    pruned = trial.user_attrs.get("pruned_at")
+    if pruned is not None:
+        score, density = pruned["values"]
+        return _Told(trial.number, pruned["rung"], score, density, pruned["missed"])
+    if trial.values is not None:
+        score, density = trial.values
+        return _Told(trial.number, math.inf, score, density, max(0.0, trial.constraints.get(_SCORE_LIMIT, 0.0)))
+    return _Told(trial.number, -math.inf, math.nan, math.nan, math.inf)
+
+
+def _best(told: Sequence[_Told], count: int) -> list[_Told]:
     """Return the best told trials: by how far they came, and of those that came as far by score, density and limit.
 
-    Those that were pruned at a rung were the worse ones there; with several seeds the first rung at which one was
-    counts. Diverged ones come last.
+    Those that were pruned at a rung were the worse ones there. Diverged ones come last.
     """
     stages: dict[float, list[_Told]] = {}
-    lost = []
-    for trial in trials:
-        pruned, values = trial.user_attrs.get("pruned_at"), trial.values
-        if pruned is not None:
-            score, density = pruned["values"]
-            stages.setdefault(pruned["rung"], []).append(_Told(trial, score, density, pruned["missed"]))
-        elif values is not None:
-            missed = max(0.0, trial.constraints.get(_SCORE_LIMIT, 0.0))
-            score, density = values
-            stages.setdefault(math.inf, []).append(_Told(trial, score, density, missed))
-        else:
-            lost.append(trial)
-    found: list[FrozenTrial] = []
-    for stage in sorted(stages, reverse=True):
-        found += (stages[stage][place].trial for place in best(stages[stage], count - len(found)))
-    return found + lost[: count - len(found)]
+    for trial in told:
+        stages.setdefault(trial.reached, []).append(trial)
+    found: list[_Told] = []
+    for reached in sorted(stages, reverse=True):
+        found += (stages[reached][place] for place in best(stages[reached], count - len(found)))
+    return found
+
+
+def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
+    if domain.kind == "choice":
+        return optuna.distributions.CategoricalDistribution(domain.args)
+    low, high = domain.args
+    if domain.kind == "randint":
+        return optuna.distributions.IntDistribution(int(low), int(high))
+    return optuna.distributions.FloatDistribution(float(low), float(high), log=domain.kind == "loguniform")
 
 
 def _suggest(trial: Trial, dotted: str, domain: Domain) -> Scalar:

@@ -328,7 +328,7 @@ def test_a_shared_search_goes_on_without_a_task_that_has_no_baseline(tmp_path: P
 def test_a_point_that_was_half_asked_is_whole_in_the_study_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = make_spec(front_seeds=2, trials=4)
+    spec = make_spec(front_seeds=2, trials=4, sampler="tpe")
     whole = run_noisy(Schedule(spec, tmp_path / "whole", []), [])
     records: list[Record] = []
     first = Schedule(spec, tmp_path / "cut", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from deft_ray.results.records import Record
@@ -21,7 +23,7 @@ from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.rungs import JOURNAL, Rungs
 from deft_ray.sweep.schedule import Schedule
-from deft_ray.sweep.searcher import TaskSearch, _best, changes
+from deft_ray.sweep.searcher import TaskSearch, _best, _judge, changes
 from deft_ray.sweep.tuning import RungScheduler
 from tests import searches
 from tests.tiny import tiny_trial
@@ -111,7 +113,7 @@ def test_a_point_lacks_no_leaf_that_it_reads() -> None:
 def test_an_ask_that_was_cut_short_is_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, told_before: int
 ) -> None:
-    """Killed between the first leaf that was stored and the second."""
+    """Killed before any of the lines that it writes to the journal."""
     deft = {"alpha": {"loguniform": [0.1, 10.0]}, "epsilon": {"loguniform": [1e-7, 1e-2]}}
     spec = make_spec(deft, sampler=sampler)
 
@@ -122,25 +124,29 @@ def test_an_ask_that_was_cut_short_is_taken_up(
             search.tell(number, [record(score=1 - alpha / 20, density=1 / (1 + alpha))], [BASELINE])
         return search
 
-    whole = begun(tmp_path / "whole").point(told_before)
-    cut = begun(tmp_path / "cut")
-    suggest, calls = optuna.Trial.suggest_float, list[str]()
+    write, left = JournalFileBackend.append_logs, [0]
 
-    def dies(trial: optuna.Trial, name: str, *args: Any, **options: Any) -> float:
-        calls.append(name)
-        if len(calls) == 2:
+    def dies(journal: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        if left[0] == 0:
             raise KeyboardInterrupt
-        return suggest(trial, name, *args, **options)
+        left[0] -= 1
+        write(journal, logs)
 
-    monkeypatch.setattr(optuna.Trial, "suggest_float", dies)
-    with pytest.raises(KeyboardInterrupt):
-        cut.point(told_before)
-    monkeypatch.undo()
-    again = TaskSearch(spec, TASK, tmp_path / "cut")
+    whole = begun(tmp_path / "whole").point(told_before)
+    lines = {"mo_tpe": 1, "gp": 1, "tpe": 3, "random": 3}[sampler]
+    for line in range(lines + 1):
+        folder = tmp_path / f"cut{line}"
+        cut = begun(folder)
+        left[0] = line
+        monkeypatch.setattr(JournalFileBackend, "append_logs", dies)
+        with pytest.raises(KeyboardInterrupt) if line < lines else nullcontext():
+            cut.point(told_before)
+        monkeypatch.undo()
+        again = TaskSearch(spec, TASK, folder)
 
-    assert again.point(told_before) == whole
-    again.tell(told_before, [record()], [BASELINE])
-    assert again.point(told_before + 1).keys() == whole.keys()
+        assert again.point(told_before) == whole
+        again.tell(told_before, [record()], [BASELINE])
+        assert again.point(told_before + 1).keys() == whole.keys()
 
 
 @pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "random", "grid"])
@@ -292,8 +298,9 @@ def test_what_was_stopped_early_is_ranked_as_the_rungs_saw_it(tmp_path: Path) ->
         search.point(number)
         search.tell(number, [ends[-1]], [BASELINE])
     want = [5, 4, 3, 1, 0, 2]
+    judged = [one for one in map(_judge, told(tmp_path)) if one is not None]
     for count in range(len(want) + 1):
-        assert {trial.number for trial in _best(told(tmp_path), count)} == set(want[:count])
+        assert {trial.number for trial in _best(judged, count)} == set(want[:count])
 
 
 @pytest.mark.parametrize("status", ["failed", "stopped", "complete"])

@@ -247,24 +247,44 @@ def test_zero_stages_give_the_same_losses(trial: Trial, open_slot: Any, alpha: f
         assert worst(adapters[stage], adapters[0]) < 1e-3, "AdamW turns roundings near zero into steps"
 
 
+def first_gradients(slot: Slot) -> dict[str, Tensor]:
+    """Train; returns each entry's first gradient that is not zero."""
+    named = {name: p for name, p in slot.model.named_parameters() if p.requires_grad}
+    firsts = {name: torch.zeros_like(p) for name, p in named.items()}
+    step = slot.engine.optimizer.step
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        for name, p in named.items():
+            firsts[name] = torch.where(firsts[name] == 0.0, p.grad, firsts[name])
+        return step(*args, **kwargs)
+
+    slot.engine.optimizer.step = noting
+    run(slot)
+    return firsts
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_paged_optimizer_is_adamw(trial: Trial, open_slot: Any, stage: int) -> None:
-    """torch's is the oracle of bitsandbytes', with decay, layer scales and their own rate."""
+    """torch's is the oracle of bitsandbytes', with decay, layer scales and their own rate.
+
+    Of an entry whose first gradient is next to nothing AdamW makes a whole step all the same, in the direction of what
+    was rounded; such entries are left out, and are few.
+    """
+    leaves = {"deft__alpha": 2.0, "deft__epsilon": EPSILON, "deft__adaptive": True, "train__weight_decay": 0.1}
     losses, adapters, lambdas = [], [], []
     for optimizer in ("adamw", "paged_adamw"):
-        leaves = {"train__optimizer": optimizer, "train__zero_stage": stage, "train__weight_decay": 0.1}
-        slot = open_slot(trial("t5", deft__alpha=2.0, deft__epsilon=EPSILON, deft__adaptive=True, **leaves))
+        slot = open_slot(trial("t5", train__optimizer=optimizer, train__zero_stage=stage, **leaves))
         losses.append(run(slot))
         with slot.whole():
             adapters.append(weights(slot.model))
             lambdas.append(slot.lambdas())
+    firsts = first_gradients(open_slot(trial("t5", **leaves)))
+    steady = {name: firsts[name].abs() > 1e-6 for name in adapters[0]}
+    torch_s, bitsandbytes_s = ({name: each * steady[name] for name, each in adapter.items()} for adapter in adapters)
 
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    largest = max(float(each.abs().max()) for each in adapters[0].values())
-    moved = torch.cat([(adapters[1][name] - each).abs().flatten() for name, each in adapters[0].items()]) / largest
-    # Where a gradient is next to nothing a step is made of its rounding, which is each CPU's own.
-    assert float((moved > 1e-4).float().mean()) < 1e-3
-    assert float(moved.max()) < 1e-2
+    assert worst(bitsandbytes_s, torch_s) < 1e-3
+    assert float(torch.cat([each.flatten() for each in steady.values()]).float().mean()) > 0.999
     assert lambdas[1] == pytest.approx(lambdas[0], abs=1e-4)
     assert any(abs(value - 0.8) > 0.05 for value in lambdas[0].values())
 
