@@ -21,7 +21,7 @@ from transformers import (
 
 from deft_ray.density.sites import Site
 from deft_ray.models.families import FAMILIES, Family, activation_name, find_sites
-from deft_ray.models.wo import check_logits, check_wo, loading_wo, settle_wo
+from deft_ray.models.wo import check_logits, check_wo, loading_wo, resolve_wo, settle_wo
 from deft_ray.nano import MODEL_DIR
 from deft_ray.spec.catalog import NANO
 
@@ -81,7 +81,8 @@ def load_base(
         quantization: ``none`` or ``nf4``; GPT-2's ``Conv1D`` layers count as linear.
         double_quant: Whether NF4's scales are quantised too.
         dtype: ``float32`` or ``bfloat16``: compute dtype, and storage dtype of what is not quantised.
-        wo: How T5's ``wo`` lies in memory under ``nf4``: ``nf4``, ``bfloat16``, ``float32``; None is ``dtype``.
+        wo: How T5's ``wo`` lies in memory under ``nf4``: ``nf4``, ``bfloat16``, ``float32``; None is
+            ``bfloat16`` on a GPU and ``dtype`` on a CPU.
         relu: Put ReLU in the place of the MLPs' own activation; whoever opens an adapter trained so has to do the same.
         revision: Hub revision.
         device: Where to; the CPU if None.
@@ -94,7 +95,7 @@ def load_base(
     known = FAMILIES[family]
     source = str(MODEL_DIR) if name == NANO else name
     device = device or torch.device("cpu")
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype, wo = getattr(torch, dtype), resolve_wo(wo, device)
     options: dict[str, Any] = {"dtype": torch_dtype, "revision": revision, "output_loading_info": True}
     if quantization == "nf4":
         options["device_map"] = {"": device}

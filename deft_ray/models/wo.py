@@ -26,6 +26,19 @@ from deft_ray.density.sites import Site
 TOLERANCE = 0.05
 
 
+def resolve_wo(wo: str | None, device: torch.device) -> str | None:
+    """Return how ``wo`` is to lie in memory under NF4; None is the compute dtype.
+
+    Left to us it is bfloat16 on a GPU, whatever the compute dtype: float32 takes 8 GB of a Flan-T5-XXL, for weights
+    whose neighbours have four bits. On a CPU, where bfloat16 can be many times slower, it is the compute dtype.
+
+    Args:
+        wo: What the spec says.
+        device: Where the model computes.
+    """
+    return "bfloat16" if wo is None and device.type == "cuda" else wo
+
+
 @contextmanager
 def loading_wo(wo: str | None) -> Iterator[None]:
     """Say how ``wo`` is loaded by any ``from_pretrained`` of a T5 inside.

@@ -24,7 +24,7 @@ from deft_ray.density.probe import DensityProbe
 from deft_ray.models.adapters import Lora, attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
-from deft_ray.models.wo import check_logits, check_wo, loading_wo, settle_wo
+from deft_ray.models.wo import check_logits, check_wo, loading_wo, resolve_wo, settle_wo
 from tests.plain_peft import PlainCounts
 
 IDS = torch.arange(3, 13).unsqueeze(0)
@@ -32,6 +32,14 @@ IDS = torch.arange(3, 13).unsqueeze(0)
 
 def load(folder: Path, wo: str | None, dtype: str = "float32") -> Base:
     return load_base(str(folder), "t5", quantization="nf4", dtype=dtype, wo=wo)
+
+
+@pytest.mark.parametrize(
+    ("wo", "device", "want"),
+    [(None, "cuda:1", "bfloat16"), (None, "cpu", None), ("float32", "cuda", "float32"), ("nf4", "cpu", "nf4")],
+)
+def test_left_to_us_it_is_short_where_short_is_fast(wo: str | None, device: str, want: str | None) -> None:
+    assert resolve_wo(wo, torch.device(device)) == want
 
 
 def outputs_of(base: Base) -> dict[str, Any]:
