@@ -28,7 +28,7 @@ from deft_ray.density.approximations import L0
 from deft_ray.density.counts import DensityCounts, StepCounts
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.models.families import FAMILIES, find_sites
-from deft_ray.models.halves import decode, encode, generate
+from deft_ray.models.halves import decode, encode, generate, new_cross
 
 EPSILON = 1e-3
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
@@ -246,14 +246,15 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
     def generation(counts: DensityCounts | None) -> None:
         with counted(counts, asked_masks):
             encoded = encode(model, asked)
+        cross = new_cross(model)
         if counts is None:
-            generate(model, encoded, asked, length)
+            generate(model, encoded, asked, length, cross)
             return
         with counted(counts, masks):
-            decode(model, encoded.last_hidden_state, asked["attention_mask"], batch["labels"])
+            decode(model, encoded.last_hidden_state, asked["attention_mask"], batch["labels"], cross)
         steps = StepCounts()
         with probe.counting(steps, masks):
-            tokens = generate(model, encoded, asked, length)
+            tokens = generate(model, encoded, asked, length, cross)
         steps.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=device))
 
     def with_counts(action: Callable[[DensityCounts | None], None]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from deft_ray.models.adapters import virtual_positions
@@ -41,7 +42,17 @@ def encode(model: PeftModel, source: Mapping[str, Tensor]) -> Any:
     )
 
 
-def decode(model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> Tensor:
+def new_cross(model: PeftModel) -> DynamicCache | None:
+    """Make room for the keys and values of one batch of sources, so that decoder passes over it compute them once.
+
+    None with prefix tuning, which puts its own there.
+    """
+    return None if isinstance(model.active_peft_config, PrefixTuningConfig) else DynamicCache()
+
+
+def decode(
+    model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Tensor, cross: DynamicCache | None = None
+) -> Tensor:
     """Run the decoder under teacher forcing.
 
     Args:
@@ -49,6 +60,7 @@ def decode(model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Te
         encoded_BTD: What :func:`encode` found, one row per answer.
         mask_BT: The source's mask, without virtual positions.
         labels_BT: Answers; -100 where there is none.
+        cross: Of :func:`new_cross`: filled by the first pass over a batch, read by the others.
 
     Returns:
         Logits, (B, T of the labels, vocabulary).
@@ -58,11 +70,18 @@ def decode(model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Te
         encoder_outputs=BaseModelOutput(encoded_BTD),
         attention_mask=mask_BT,
         labels=labels_BT,
+        **_cached(cross),
     ).logits
     return logits
 
 
-def generate(model: PeftModel, encoded: Any, source: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+def generate(
+    model: PeftModel,
+    encoded: Any,
+    source: Mapping[str, Tensor],
+    max_new_tokens: int,
+    cross: DynamicCache | None = None,
+) -> Tensor:
     """Answer greedily.
 
     Args:
@@ -70,11 +89,13 @@ def generate(model: PeftModel, encoded: Any, source: Mapping[str, Tensor], max_n
         encoded: What :func:`encode` found.
         source: What it found it in.
         max_new_tokens: Longest answer.
+        cross: As of :func:`decode`.
 
     Returns:
         Token ids, (B, T).
     """
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
+    options |= _cached(cross)
     if isinstance(model.active_peft_config, PrefixTuningConfig):
         tokens: Tensor = model.generate(**source, encoder_outputs=encoded, **options)
     else:
@@ -82,6 +103,11 @@ def generate(model: PeftModel, encoded: Any, source: Mapping[str, Tensor], max_n
         mask_BT = _attended(model, source["attention_mask"])
         tokens = base.generate(encoder_outputs=encoded, attention_mask=mask_BT, **options)
     return tokens
+
+
+def _cached(cross: DynamicCache | None) -> dict[str, Any]:
+    """Options of a decoder that begins an answer to sources whose keys and values may be known."""
+    return {} if cross is None else {"past_key_values": EncoderDecoderCache(DynamicCache(), cross), "use_cache": True}
 
 
 def _attended(model: PeftModel, mask_BT: Tensor) -> Tensor:

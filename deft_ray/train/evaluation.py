@@ -26,7 +26,7 @@ from deft_ray.density.probe import DensityProbe
 from deft_ray.metrics import tau_key
 from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
-from deft_ray.models.halves import decode, encode, generate
+from deft_ray.models.halves import decode, encode, generate, new_cross
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
 from deft_ray.train.batches import IGNORED, pad, source_mask, source_tensors
@@ -225,29 +225,30 @@ class Evaluator:
     ) -> list[Prediction]:
         answers = [example.target_ids for example in examples]
         labels = pad(answers, IGNORED, self.target_length).to(self.ranks.device)
+        cross = new_cross(self.model)
         with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
-            logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels)
+            logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels, cross)
         if not logits.isfinite().all():
             return [math.nan] * len(examples)
         steps = StepCounts()
         with self.probe.counting(steps, {"decoder": labels}):
-            tokens = generate(self.model, encoded, source, self.max_new_tokens)
+            tokens = generate(self.model, encoded, source, self.max_new_tokens, cross)
         lengths_B = written_lengths(tokens[:, 1:], self.base.tokenizer.eos_token_id)
         generated += steps.total(lengths_B)
         texts = self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if all(example.windows == 1 for example in examples):
             return [Answer(text, 0.0) for text in texts]
-        sureness = self._sureness(tokens[:, 1:], lengths_B, source["attention_mask"], encoded)
+        sureness = self._sureness(tokens[:, 1:], lengths_B, source["attention_mask"], encoded, cross)
         return [
             Answer(text, mean if text.strip() else -math.inf) if mean == mean else math.nan
             for text, mean in zip(texts, sureness, strict=True)
         ]
 
-    def _sureness(self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any) -> list[float]:
+    def _sureness(self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any, cross: Any) -> list[float]:
         """Mean log-probability of the tokens that were written, the end of the sequence among them, for each row."""
         beyond_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= lengths_B.unsqueeze(1)
         labels = tokens_BT.masked_fill(beyond_BT, IGNORED)
-        logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels)
+        logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels, cross)
         return [float(mean) for mean in token_log_likelihood(logits, labels) / lengths_B]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deft_ray.models.adapters import Adapter, Bottleneck, Lora, Prefix, Prompt, attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
-from deft_ray.models.halves import decode, encode, generate
+from deft_ray.models.halves import decode, encode, generate, new_cross
 
 KINDS: dict[str, Adapter] = {
     "lora": Lora(4, 8.0, 0.0, "all-linear"),
@@ -83,6 +83,26 @@ def test_answers_are_those_of_pefts_own_generation(model: PeftModel) -> None:
 
     assert torch.equal(got, want)
     assert len({tuple(row) for row in got.tolist()}) > 1
+
+
+@torch.no_grad()
+def test_keys_and_values_of_the_source_are_computed_once(model: PeftModel) -> None:
+    """Bit for bit what is found without; and the layers that make them run once for three passes over the answers."""
+    encoded = encode(model, source())
+    hidden_BTD, other = encoded.last_hidden_state, LABELS.flip(0).contiguous()
+    want = [decode(model, hidden_BTD, MASK, LABELS), generate(model, encoded, source(), 6)]
+    want.append(decode(model, hidden_BTD, MASK, other))
+    passes = []
+    layers = [layer for name, layer in model.named_modules() if name.endswith("EncDecAttention.k")]
+    hooks = [layer.register_forward_hook(lambda *_: passes.append(1)) for layer in layers]
+    cross = new_cross(model)
+    got = [decode(model, hidden_BTD, MASK, LABELS, cross), generate(model, encoded, source(), 6, cross)]
+    got.append(decode(model, hidden_BTD, MASK, other, cross))
+    for hook in hooks:
+        hook.remove()
+
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert len(passes) == len(layers) * (1 if cross is not None else 3)
 
 
 @torch.no_grad()
