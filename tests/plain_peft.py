@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +10,53 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from deft_ray.spec.schema import TrialSpec
 
 
 def train_plain(
-    folder: Path, sources: list[str], answers: list[str], spec: TrialSpec, adapter: PeftConfig | None = None
+    folder: Path,
+    sources: Sequence[str | tuple[str, str]],
+    answers: Sequence[str] | Sequence[int],
+    spec: TrialSpec,
+    adapter: PeftConfig | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Fine-tune a T5 with an adapter and a linear schedule without warm-up.
+    """Fine-tune a T5, or a model with a head, with an adapter and a linear schedule without warm-up.
 
     Args:
         folder: The pretrained model.
-        sources: Training texts.
-        answers: Their answers.
+        sources: Training texts, or pairs of them.
+        answers: Their answers, or their classes.
         spec: Where the settings come from.
         adapter: PEFT's own description of the adapter; the LoRA of ``spec`` if None.
+        head: What a model with a head starts from: its trained tensors, head and adapter, by name.
 
     Returns:
         The loss of every step, and every trained tensor by its name in the PEFT model.
     """
     train, steps = spec.train, spec.train.steps or 0
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32"),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if head is None:
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(set(answers)))
     torch.manual_seed(spec.seed)
     config = LoraConfig(
         r=spec.adapter.r,
         lora_alpha=spec.adapter.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=spec.adapter.lora_dropout,
         target_modules=spec.adapter.target_modules,
-        task_type=TaskType.SEQ_2_SEQ_LM,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type=TaskType.SEQ_2_SEQ_LM if head is None else TaskType.SEQ_CLS,
     )
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     peft = get_peft_model(model, adapter or config)
+    for name, p in peft.named_parameters() if head else ():
+        if p.requires_grad:
+            p.data.copy_(head[name])
     peft.train()
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], weight_decay=train.weight_decay)
     order = [
@@ -57,10 +69,14 @@ def train_plain(
     losses = []
     for step in range(steps):
         picked = order[step * train.batch_size : (step + 1) * train.batch_size]
-        batch = tokenizer([sources[index] for index in picked], padding=True, return_tensors="pt")
-        wanted = tokenizer([answers[index] for index in picked], padding=True, return_tensors="pt")
-        labels = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
-        loss = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        batch = dict(tokenizer([sources[index] for index in picked], padding=True, return_tensors="pt"))
+        if head is None:
+            batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            wanted = tokenizer([answers[index] for index in picked], padding=True, return_tensors="pt")
+            labels = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
+        else:
+            labels = torch.tensor([answers[index] for index in picked])
+        loss = peft(**batch, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         if train.max_grad_norm:

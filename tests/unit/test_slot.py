@@ -106,6 +106,22 @@ def test_every_adapter_without_density_loss_is_plain_peft(
         assert same(weights(slot.model), want)
 
 
+@pytest.mark.parametrize("model", ["dry-bert", "dry-roberta", "dry-opt", "dry-gpt2"])
+def test_a_head_without_density_loss_is_plain_peft_too(
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], model: str
+) -> None:
+    """Bit for bit, from the same head and adapter; without dropout, as the head has been drawn from the same dice."""
+    leaves = {"adapter__lora_dropout": 0.0, "train__warmup_share": 0.0, "train__max_grad_norm": 0.0}
+    spec = trial(model, "sst2", train__steps=7, **leaves)
+    slot = open_slot(spec)
+    start, losses = weights(slot.model), run(slot)
+    rows = glue_rows("sst2", "train", 30)
+    sources, answers = [row["sentence"] for row in rows], [row["label"] for row in rows]
+    want_losses, want = train_plain(tiny_models[model], sources, answers, spec, head=start)
+    assert losses == want_losses
+    assert same(weights(slot.model), want)
+
+
 # --- the step's gradient ----------------------------------------------------------------------------------------------
 
 
