@@ -42,6 +42,9 @@ def train_plain(
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(set(answers)))
+        if model.config.model_type in ("opt", "gpt2"):  # answers come from the last token; GPT-2 has no padding
+            tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(spec.seed)
     config = LoraConfig(
         r=spec.adapter.r,
@@ -76,6 +79,8 @@ def train_plain(
             labels = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
         else:
             labels = torch.tensor([answers[index] for index in picked])
+            if model.config.model_type == "gpt2":  # counts positions of padding too unless it is told
+                batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         loss = peft(**batch, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
