@@ -24,7 +24,7 @@ def build_t5(shape: str, *, quantization: str, dtype: torch.dtype, device: torch
 
     Args:
         shape: Key of :data:`SHAPES`.
-        quantization: ``none`` or ``nf4``; then ``wo`` and the output layer stay in ``dtype``, as in a sweep.
+        quantization: ``none`` or ``nf4``; then ``wo`` and the output layer stay in ``dtype``.
         dtype: Compute dtype.
         device: Where to.
     """

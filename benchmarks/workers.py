@@ -65,7 +65,7 @@ def work(rank: int, world: int, backend: str, folder: str) -> None:
     ranks = join(rank, world, backend, folder)
     found = {}
     for quantization in QUANTIZATIONS:
-        base = load_base("nano", "t5", quantization=quantization, device=ranks.device)
+        base = load_base("nano", "t5", quantization=quantization, wo="float32", device=ranks.device)
         data = load_task(TASK, trial(quantization, 0).data, base)
         for stage in STAGES:
             found[quantization, stage] = train(Slot(trial(quantization, stage), base, data, ranks))

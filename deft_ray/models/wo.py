@@ -29,14 +29,17 @@ TOLERANCE = 0.05
 def resolve_wo(wo: str | None, device: torch.device) -> str | None:
     """Return how ``wo`` is to lie in memory under NF4; None is the compute dtype.
 
-    Left to us it is bfloat16 on a GPU, whatever the compute dtype: float32 takes 8 GB of a Flan-T5-XXL, for weights
-    whose neighbours have four bits. On a CPU, where bfloat16 can be many times slower, it is the compute dtype.
+    Left to us it is bfloat16 on a GPU that computes in it, whatever the compute dtype: float32 takes 8 GB of a
+    Flan-T5-XXL, for weights whose neighbours have four bits. What an adapter adds to the output of ``wo`` is rounded
+    with it, as everything is in a model of bfloat16. On a CPU, where that can be many times slower, it is the compute
+    dtype.
 
     Args:
         wo: What the spec says.
         device: Where the model computes.
     """
-    return "bfloat16" if wo is None and device.type == "cuda" else wo
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if wo is None and fast else wo
 
 
 @contextmanager

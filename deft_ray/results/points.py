@@ -41,8 +41,8 @@ class Point:
         score_drop: Baseline score minus score; None without a usable baseline. The baseline is as it was trained.
         density_change: (baseline density - density) / baseline density; None without a usable baseline.
         tau: Activations of magnitude of at most this are set to zero; 0 for none.
-        feasible: Whether the score limit admits it, by the mean over its setting's seeds; true where there is no limit
-            or no baseline to judge by.
+        feasible: Whether the score limit admits it, by the mean over its setting's seeds; true where there is no limit,
+            false where there is no baseline to judge by.
         whole: Whether no seed of its setting diverged or was pruned.
         on_front: Whether no eligible setting of the task dominates its own.
         steps: Optimizer steps done.
@@ -117,12 +117,12 @@ def is_finite(value: float | None) -> bool:
 
 
 def is_feasible(score_drop: float | None, max_score_drop: float | None) -> bool:
-    """Whether the score limit admits a trial; true where there is no limit, or no baseline to judge by.
+    """Whether the score limit admits a trial: there is none, or a baseline to judge by and the loss is within it.
 
-    >>> is_feasible(0.90 - 0.89, 0.01), is_feasible(0.02, 0.01), is_feasible(None, 0.01)
-    (True, False, True)
+    >>> is_feasible(0.90 - 0.89, 0.01), is_feasible(0.02, 0.01), is_feasible(None, 0.01), is_feasible(None, None)
+    (True, False, False, True)
     """
-    return max_score_drop is None or score_drop is None or score_drop <= max_score_drop + _ROUNDING
+    return max_score_drop is None or (score_drop is not None and score_drop <= max_score_drop + _ROUNDING)
 
 
 def compare(records: Iterable[Record], max_score_drop: float | None = None) -> list[Point]:

@@ -273,7 +273,7 @@ class TaskSearch:
 
 
 def ending_of(results: Sequence[Record], values: tuple[float, float] | None, max_score_drop: float | None) -> Ending:
-    """Return how a point ended.
+    """Return how a point ended; one that was trained to its end and has no finite score or density has diverged.
 
     Args:
         results: Its records, one for each seed.
@@ -289,6 +289,8 @@ def ending_of(results: Sequence[Record], values: tuple[float, float] | None, max
         return Ending.STOPPED
     if "pruned" in statuses:
         return Ending.PRUNED
+    if not all(record.measured for record in results):
+        return Ending.DIVERGED
     if values is None:
         return Ending.FAILED
     return Ending.COMPLETE if is_feasible(-values[0], max_score_drop) else Ending.INFEASIBLE

@@ -258,8 +258,11 @@ def test_comparison_with_the_baseline_of_the_same_task_and_seed() -> None:
     ],
 )
 def test_an_unusable_baseline_compares_with_nothing(baseline: Record) -> None:
-    point = points([baseline, make_record("t", 0.1, 0.1)], max_score_drop=0.01)[1]
-    assert (point.score_drop, point.density_change, point.feasible) == (None, None, True)
+    """So nobody knows whether it is within a limit; where there is one, it does not stand on the front."""
+    records = [baseline, make_record("t", 0.1, 0.1)]
+    point = points(records, max_score_drop=0.01)[1]
+    assert (point.score_drop, point.density_change, point.feasible, point.on_front) == (None, None, False, False)
+    assert points(records)[1].on_front
 
 
 def test_the_first_usable_baseline_counts() -> None:
@@ -301,7 +304,8 @@ def test_a_baseline_is_always_feasible() -> None:
         (0.0101, 0.01, False),
         (0.0, 0.0, True),
         (-1.0, 0.0, True),
-        (None, 0.0, True),
+        (None, 0.0, False),
+        (None, None, True),
         (9.0, None, True),
     ],
 )

@@ -236,7 +236,10 @@ def test_a_grid_is_every_combination_that_is_read_once(tmp_path: Path) -> None:
         (record("diverged", score=None, density=None), "diverged", TrialState.PRUNED, None, 1.0),
         (record("failed", score=None, density=None), "failed", TrialState.FAIL, None, 0.0),
         (record("stopped", score=0.6), "stopped", TrialState.FAIL, None, 0.0),
-        (record(score=math.nan), "failed", TrialState.FAIL, None, 0.0),
+        (record(score=math.nan), "diverged", TrialState.PRUNED, None, 1.0),
+        (record(score=None), "diverged", TrialState.PRUNED, None, 1.0),
+        (record(score=-math.inf), "diverged", TrialState.PRUNED, None, 1.0),
+        (record(density=math.inf), "diverged", TrialState.PRUNED, None, 1.0),
     ],
 )
 def test_each_ending_is_told_as_what_it_is(

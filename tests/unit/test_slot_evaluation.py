@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def test_density_paper_counts_the_padding_of_true_answers_alone(
 
     assert found["density_paper"] == pytest.approx(want, abs=5e-5)
     assert task == "stsb" or found["density_paper"] != found["density"], "STS-B's answers are of one length"
+
+
+@torch.no_grad()
+def test_the_decoder_reads_a_source_once(trial: Trial, open_slot: Any) -> None:
+    """However many passes over it: the answer that is given, the one that is written, and how sure each window was."""
+    slot = open_slot(trial("t5", "squad", data__max_source_tokens=24, data__max_target_tokens=6))
+    assert any(example.windows > 1 for example in slot.data.validation)
+    passes = Counter[str]()
+    for name, module in slot.model.named_modules():
+        if name.endswith(("EncDecAttention.k", "EncDecAttention.v", "encoder.block.0")):
+            module.register_forward_hook(lambda *_, name=name: passes.update([name]))
+    slot.evaluate()
+    assert len(passes) > 2
+    assert len(set(passes.values())) == 1, passes
 
 
 @torch.no_grad()

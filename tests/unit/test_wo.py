@@ -38,8 +38,19 @@ def load(folder: Path, wo: str | None, dtype: str = "float32") -> Base:
     ("wo", "device", "want"),
     [(None, "cuda:1", "bfloat16"), (None, "cpu", None), ("float32", "cuda", "float32"), ("nf4", "cpu", "nf4")],
 )
-def test_left_to_us_it_is_short_where_short_is_fast(wo: str | None, device: str, want: str | None) -> None:
+def test_left_to_us_it_is_short_where_short_is_fast(
+    monkeypatch: pytest.MonkeyPatch, wo: str | None, device: str, want: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     assert resolve_wo(wo, torch.device(device)) == want
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert resolve_wo(wo, torch.device(device)) == wo
+
+
+def test_what_is_left_to_us_is_what_is_loaded(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deft_ray.models.base.resolve_wo", lambda _wo, _device: "bfloat16")
+    base = load(tiny_models["t5"], None)
+    assert {output.weight.dtype for output in outputs_of(base).values()} == {torch.bfloat16}
 
 
 def outputs_of(base: Base) -> dict[str, Any]:
