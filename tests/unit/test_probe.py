@@ -115,6 +115,21 @@ def reference(
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@torch.no_grad()
+def built_densities(model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, masks: Any) -> dict[str, float]:
+    """Smooth density of each side over its real tokens, mean over layers."""
+    acts: dict[str, Tensor] = {}
+    hooks = [s.module.register_forward_hook(lambda _m, _i, out, n=s.name: acts.update({n: out})) for s in model.sites]
+    model(*(part.double() for part in inputs))
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for side, mask in masks.items():
+        real = [SMOOTH[kind](act)[mask.bool()] for name, act in acts.items() if name.startswith(side)]
+        found[side] = sum(float(values.mean()) for values in real if values.numel()) / max(1, len(real))
+    return found
+
+
 def probed(model: TwoStacks, inputs: tuple[Tensor, Tensor], penalty: Penalty) -> dict[str, Tensor]:
     probe = DensityProbe(model.sites, fused=model.kind.fused)
     with probe.penalising(penalty):
@@ -190,10 +205,16 @@ def test_injected_gradient_is_that_of_the_built_loss(
 
 @pytest.mark.parametrize("seed", range(100, 160))
 def test_whatever_the_block_the_loss_the_shapes_and_the_padding(seed: int) -> None:
-    """All of them drawn together; in every third case a row is nothing but padding, in every seventh a whole side."""
+    """All of them drawn together; in every third case a row is nothing but padding, in every seventh a whole side.
+
+    Every fifth model computes in bfloat16, which the float64 reference starts from. There two roundings of an
+    activation, 2^-9 each, can bend the slope of an approximation by some percent.
+    """
     dice = random.Random(seed)
     kind, approximation = dice.choice(KINDS), dice.choice(APPROXIMATIONS)
     model, inputs, masks = build(seed, kind)
+    dtype, close = (torch.bfloat16, 0.03) if seed % 5 == 0 else (torch.float32, 2e-6)
+    model, inputs = model.to(dtype), (inputs[0].to(dtype), inputs[1].to(dtype))
     if seed % 3 == 0:
         masks["encoder"][0] = 0
     if seed % 7 == 0:
@@ -201,13 +222,18 @@ def test_whatever_the_block_the_loss_the_shapes_and_the_padding(seed: int) -> No
     weights = {"encoder": dice.choice([0.0, 0.3, 5.0]), "decoder": dice.uniform(0.1, 9.0)}
 
     want, plain = (
-        reference(twin(model), inputs, approximation.kind, weights, masks, dtype)
-        for dtype in (torch.float64, torch.float32)
+        reference(twin(model), inputs, approximation.kind, weights, masks, precision)
+        for precision in (torch.float64, dtype)
     )
-    recompute = dice.choice(["none", "reentrant", "non-reentrant"])
-    got = probed(twin(model, recompute), inputs, Penalty(approximation, weights, masks))
+    recompute, penalty = (
+        dice.choice(["none", "reentrant", "non-reentrant"]),
+        Penalty(approximation, weights, masks, True),
+    )
+    got = probed(twin(model, recompute).to(dtype), inputs, penalty)
 
-    assert_gradients_close(got, want, 2e-6, plain)
+    assert_gradients_close(got, want, close, plain)
+    for side, density in built_densities(twin(model).double(), inputs, approximation.kind, masks).items():
+        assert penalty.density(side) == pytest.approx(density, rel=10 * close, abs=close)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

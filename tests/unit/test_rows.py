@@ -94,6 +94,7 @@ ASKED = squad_rows("train", 1)[0]
         ("mrpc", [PAIR, {**PAIR, "sentence1": ""}], []),
         ("mrpc", [{**PAIR, "sentence1": "", "sentence2": "\t"}],
          ["row 1: the sentence1 and the sentence2 must not be empty"]),
+        ("stsb", [{**PAIR, "label": float("inf")}], ["row 1: unknown label (got Infinity); allowed: 0 to 5"]),
         ("stsb", [{**PAIR, "label": -1.0}], ["row 1: no label (label -1); needs a labelled split"]),
         ("stsb", [{**PAIR, "label": 5.2}, {**PAIR, "label": 5.0}], ["row 1: unknown label (got 5.2); allowed: 0 to 5"]),
         ("stsb", [{**PAIR, "label": float("nan")}], ["row 1: unknown label (got NaN); allowed: 0 to 5"]),

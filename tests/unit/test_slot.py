@@ -454,6 +454,25 @@ def test_the_reported_penalty_is_weighed_by_the_layer_scales(trial: Trial, open_
     assert half.penalty == pytest.approx(0.5 * 2.0 * 2 * half.density_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw"])
+def test_layer_scales_move_at_their_own_rate_and_stop_at_one(trial: Trial, open_slot: Any, optimizer: str) -> None:
+    """The first step of Adam is as long as the rate; weight decay has no part in it, and the schedule has."""
+    leaves = {"deft__adaptive": True, "deft__alpha": 0.0, "deft__lambda_noise": 0.0, "deft__lambda_learning_rate": 0.04}
+    leaves |= {"train__weight_decay": 0.5, "train__max_grad_norm": 0.0, "train__warmup_share": 0.0}
+    spec = trial("dry-t5", **leaves, deft__lambda_init=0.5, train__steps=4, train__optimizer=optimizer)
+    slot = open_slot(spec)
+    slot.step()
+    assert [abs(value - 0.5) for value in slot.lambdas().values()] == pytest.approx([0.04] * 4, rel=1e-4)
+    slot.step()
+    moved = [abs(value - 0.5) for value in slot.lambdas().values()]
+    assert max(moved) == pytest.approx(0.04 * (1 + 3 / 4), rel=0.05), "the second, where the gradient is much the same"
+
+    slot = open_slot(spec.model_copy(update={"deft": spec.deft.model_copy(update={"lambda_init": 0.99})}))
+    slot.step()
+    down, up = min(slot.lambdas().values()), max(slot.lambdas().values())
+    assert (down, up) == (pytest.approx(0.95), 1.0), "who would go beyond is at the bound"
+
+
 def test_layer_scales_without_a_density_loss_are_trained_for_the_task_alone(trial: Trial, open_slot: Any) -> None:
     slot = open_slot(trial("dry-t5", deft__adaptive=True, deft__alpha=0.0, train__steps=8))
     start = slot.scales.by_layer()
