@@ -157,7 +157,7 @@ class DensityProbe:
         mean_N = mask_N / (mask_N.sum() * act.shape[-1]).clamp(min=1.0)
         if penalty.measure or scaled:
             with torch.no_grad():
-                value_N = penalty.approximation.value(act).reshape(mask_N.shape[0], -1).sum(dim=-1)
+                value_N = penalty.approximation.value(act).sum(dim=-1).reshape(-1)
                 penalty._terms[site.name] = density = (value_N * mean_N).sum()
                 scale = 1.0 if self._scales is None else self._scales.value(site.name).squeeze()
                 penalty._scaled[site.name] = density * scale

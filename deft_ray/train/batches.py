@@ -88,7 +88,13 @@ class Batch:
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, length: int | None = None, *, left: bool = False) -> Tensor:
-    """Pad on the right, or left, to the longest, or to ``length`` if that is more: (B, T) int64."""
+    """Pad on the right, or left, to the longest, or to ``length`` if that is more: (B, T) int64.
+
+    Raises:
+        ValueError: If there is no sequence.
+    """
+    if not sequences:
+        raise ValueError("a batch needs at least one example (got none)")
     width = max(length or 0, *map(len, sequences))
     fills = [[value] * (width - len(sequence)) for sequence in sequences]
     rows = [[*fill, *row] if left else [*row, *fill] for row, fill in zip(sequences, fills, strict=True)]

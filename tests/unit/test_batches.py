@@ -162,3 +162,8 @@ def test_fixed_lengths() -> None:
         "labels": (1, 4),
     }
     assert batch.tokens == {"encoder": 2, "decoder": 2}
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^a batch needs at least one example \(got none\)$"):
+        source_tensors([], 0, None, CPU)

@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +25,7 @@ from deft_ray.tasks.images import Picture, class_names, make_pictures
 from deft_ray.tasks.rows import check_data_folder, load_rows
 from deft_ray.train.batches import source_mask, source_tensors, training_batch
 from deft_ray.train.host import load_task
-from tests.tiny import make_image, png, write_images
+from tests.tiny import make_image, png, write_cifar10, write_images
 
 CPU = torch.device("cpu")
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -227,3 +229,16 @@ def test_the_hubs_cifar10_is_taken_undecoded(
         assert one.picture is not None
         assert other.picture is not None
         assert (one.picture.data, one.label) == (other.picture.data, other.label)
+
+
+@pytest.mark.parametrize("label", [10, -2])
+def test_a_class_that_cifar10_has_not_is_named(tmp_path: Path, label: int) -> None:
+    file = write_cifar10(tmp_path) / "cifar10" / "train.parquet"
+    table = pq.read_table(file)
+    labels = table["label"].to_pylist()
+    labels[2] = label
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels)), file)
+    with pytest.raises(
+        SetupError, match=rf"^cifar10: train: row 3: unknown label \(got {label}\); allowed: airplane, "
+    ):
+        load_rows(TASKS["cifar10"], "train", str(tmp_path), None)

@@ -457,3 +457,18 @@ def test_counting_sees_only_what_is_inside_and_only_masked_sides() -> None:
     with probe.counting(DensityCounts.empty(probe.names), masks):
         model(*inputs)
     assert all(type(site.module) is nn.GELU for site in model.sites)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]])
+def test_no_row_at_all_is_neither_counted_nor_a_loss(kind: Kind) -> None:
+    model, inputs, masks = build(4, kind)
+    none, nobody = (inputs[0][:0], inputs[1][:0]), {side: mask[:0] for side, mask in masks.items()}
+    probe, counts = DensityProbe(model.sites, fused=kind.fused), DensityCounts.empty([s.name for s in model.sites])
+    penalty = Penalty(WIDE, {"encoder": 9.0, "decoder": 9.0}, nobody, measure=True)
+    with probe.counting(counts, nobody), torch.no_grad():
+        model(*none)
+    with probe.penalising(penalty):
+        (0.0 * model(*none)).nan_to_num().backward()  # the toy's own mean over nothing is no number
+    probe.remove()
+    assert int(counts.rows.abs().sum()) == 0
+    assert penalty.density("encoder") == penalty.density("decoder") == 0.0
