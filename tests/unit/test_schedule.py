@@ -231,6 +231,23 @@ def test_a_setting_that_its_seeds_take_off_the_front_gets_no_more_and_the_next_o
     assert order == ["t0000", "t0001", "t0002", "t0000-s1", "t0001-s1", "t0002-s1", "t0000-s2", "t0002-s2"]
 
 
+def test_no_front_seed_goes_to_who_misses_the_score_limit(tmp_path: Path) -> None:
+    """Neither by the first seed, however low the density, nor by the mean once the second has run."""
+    spec = make_spec(front_seeds=3, trials=3, scheduler="none")
+    sections = {
+        "data": spec.data.model_copy(update={"tasks": ["nano-sentiment"]}),
+        "constraint": spec.constraint.model_copy(update={"max_score_drop": 0.05}),
+    }
+    schedule, order = Schedule(spec.model_copy(update=sections), tmp_path, []), list[str]()
+    scores = {"t0000": [0.90] * 3, "t0001": [0.88, 0.70], "t0002": [0.80], "t0003": [0.89] * 3}
+    densities = {"t0000": 0.9, "t0001": 0.3, "t0002": 0.1, "t0003": 0.6}
+    while isinstance(trial := schedule.next(), TrialSpec):
+        score, density = scores[trial.setting][trial.seed], densities[trial.setting]
+        schedule.ended(replace(ended(trial), score=score, density=density))
+        order.append(trial.trial)
+    assert order[4:] == ["t0000-s1", "t0001-s1", "t0003-s1", "t0000-s2", "t0003-s2"]
+
+
 @pytest.mark.parametrize("killed_after", [20, 26, 27, 30, 33])
 def test_front_seeds_go_on_after_an_interruption(tmp_path: Path, killed_after: int) -> None:
     spec = make_spec(steps=9, front_seeds=2, trials=12, scheduler="mo_asha", first_rung=0.5)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import moocore
 import numpy as np
 import pytest
 
@@ -70,6 +71,32 @@ def test_the_recorded_table_is_every_combination_of_its_spec(benchmark: Any) -> 
     front = module.best_front(problem)
     assert front[:, 1].min() == best
     assert (front[:, 0] >= baseline["score"] - problem.max_score_drop - 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "epsilons"), [("smooth", -2.7, [-4.0]), ("crossing", -2.4, np.linspace(-7, -2, 101))]
+)
+def test_the_known_front_is_nearly_the_computed_one(
+    benchmark: Any, name: str, rate: float, epsilons: Sequence[float]
+) -> None:
+    """Beside the best learning rate and ε by the problem's own formula, and a dense row of α."""
+    _, problems, module = benchmark
+    problem = problems[name]
+    base = problem.truth(problem.without_loss(), 81)
+    leaves = {**problem.without_loss(), "train.learning_rate": 10**rate}
+    points = [
+        problem.truth({**leaves, "deft.alpha": alpha, "deft.epsilon": 10**epsilon}, 81)
+        for alpha in np.geomspace(0.01, 30.0, 400)
+        for epsilon in epsilons
+    ]
+    least = base[0] - problem.max_score_drop
+    computed = np.array([base, *(point for point in points if point[0] >= least - 1e-9)])
+    known = module.best_front(problem)
+    for reference in ((0.5, 1.0), (least, base[1])):
+        areas = [
+            moocore.hypervolume(values * [-1.0, 1.0], ref=[-reference[0], reference[1]]) for values in (known, computed)
+        ]
+        assert 0.98 < areas[0] / areas[1] <= 1.0
 
 
 def test_a_rival_has_the_same_budget_and_measures(benchmark: Any) -> None:
