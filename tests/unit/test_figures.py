@@ -276,6 +276,22 @@ def test_thresholded_points_are_told_apart_from_exact_zeros(tmp_path: Path) -> N
     assert draw_png(figure, tmp_path / "p.png").stat().st_size > 10_000
 
 
+def test_what_misses_the_limit_is_a_hollow_mark(tmp_path: Path) -> None:
+    figure = front_figure_data(SWEEP, "squad", 0.02)
+    traces = {trace["name"]: trace for trace in plot_json(draw_html(figure, tmp_path / "p.html").read_text())[0]}
+    missed = [mark for mark in figure.marks if mark.role == "infeasible"]
+    assert traces["infeasible"]["marker"]["symbol"] == "circle-open"
+    assert not any(
+        "open" in trace["marker"]["symbol"]
+        for name, trace in traces.items()
+        if "marker" in trace and name != "infeasible"
+    )
+    assert (list(traces["infeasible"]["x"]), list(traces["infeasible"]["y"])) == (
+        [mark.density for mark in missed],
+        [mark.score for mark in missed],
+    )
+
+
 # --- several seeds ----------------------------------------------------------------------------------------------------
 
 
