@@ -124,6 +124,13 @@ def test_rows_come_in_order_and_say_what_a_record_needs(trial: Trial, serve: Any
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
 
 
+@pytest.mark.parametrize(("activation", "name"), [("stock", "NewGELUActivation"), ("fused", "GELUTanh")])
+def test_the_end_says_which_activation_was_computed(trial: Trial, serve: Any, activation: str, name: str) -> None:
+    """Exact zeros differ between the two."""
+    end = serve(Inbox(trial(train__steps=1, deft__alpha=1.0, model__activation=activation)))[-1]
+    assert (end["status"], end["activation"]) == ("complete", name)
+
+
 def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: Trial, serve: Any) -> None:
     """LoRA of rank r on a matrix of m x n has r (m + n) parameters."""
     end = serve(Inbox(trial(train__steps=2, deft__alpha=1.0, deft__adaptive=True, deft__approximation="auto")))[-1]
