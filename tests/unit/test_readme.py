@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+TASKS = ("nano-sentiment", "nano-question")
 
 
 def test_the_table_of_what_goes_together_is_what_was_measured() -> None:
@@ -90,6 +91,22 @@ def test_what_padding_and_starting_cost_is_what_was_measured() -> None:
         round(many["wall_over_work"], 2), quick["trials"], round(quick["wall_over_work"], 2), round(ends),
         round(quick["wall_s"]),
     ]  # fmt: skip
+
+
+def test_what_a_path_finds_is_what_was_measured() -> None:
+    runs = {(run["task"], run["way"]): run for run in result("search_path")["runs"]}
+    whole, near = (
+        [round(100 * runs[task, "along a path"][key] / runs[task, "from scratch"][key]) for task in TASKS]
+        for key in ("hypervolume", "hypervolume_near")
+    )
+    steps = {
+        runs[task, "from scratch"][key] // runs[task, "along a path"][key]
+        for task in TASKS
+        for key in ["steps_beside_baselines"]
+    }
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert steps == {4}
+    assert f"it found {whole[0]} and {whole[1]} % of the hypervolume, and {near[0]} and {near[1]} % of the part" in text
 
 
 def test_what_early_stopping_saves_and_loses_is_what_was_measured() -> None:

@@ -93,6 +93,7 @@ def test_what_a_path_finds_is_what_was_measured() -> None:
     found = {(run["task"], run["way"]): run for run in measured("search_path")["runs"]}
     rows = table_of("Along a path")
     assert {(row[0], row[1]) for row in rows} == found.keys()
+    assert len(rows) == 2 * 2, "two tasks, two ways"
     for task, way, steps, area, near, _ in rows:
         run = found[task, way]
         assert int(steps.replace(",", "")) == run["steps_beside_baselines"]
