@@ -96,13 +96,18 @@ def run(spec: SweepSpec, folder: Path, kills: Iterator[bool]) -> list[Record]:
 def left(folder: Path) -> list[Any]:
     """What lies on the disk: the rungs' journal, and each study but for its times."""
     rungs = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
-    studies = [[(t.state, t.params, t.values, t.user_attrs) for t in told(folder, task)] for task in TASKS]
-    return [rungs, studies]
+    names = sorted(file.stem for file in folder.glob("*.log"))
+    return [rungs, names, [[(t.state, t.params, t.values, t.user_attrs) for t in told(folder, name)] for name in names]]
 
 
-@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "nsga2", "gp", "random", "grid"])
-def test_a_search_killed_at_random_moments_decides_as_one_that_was_not(tmp_path: Path, sampler: str) -> None:
-    spec = make_spec(sampler, scheduler="mo_asha")
+@pytest.mark.parametrize(
+    ("sampler", "scope"),
+    [*((sampler, "per-task") for sampler in ("mo_tpe", "tpe", "nsga2", "gp", "random", "grid")), ("mo_tpe", "shared")],
+)
+def test_a_search_killed_at_random_moments_decides_as_one_that_was_not(
+    tmp_path: Path, sampler: str, scope: str
+) -> None:
+    spec = make_spec(sampler, scheduler="mo_asha", scope=scope)
     whole = run(spec, tmp_path / "whole", iter(lambda: False, None))
     assert {record.status for record in whole} == {"complete", "pruned"}
     for seed in range(2 if sampler == "gp" else 5):
