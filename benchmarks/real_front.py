@@ -42,7 +42,6 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tasks", default="sst2,stsb")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real_front")
-    parser.add_argument("--as-it-is", action="store_true", help="train nothing; take what the folders hold")
     given = parser.parse_args()
     file = RESULTS / "real_front.json"
     found = {part["task"]: part for part in (json.loads(file.read_text())["tasks"] if file.is_file() else ())}
@@ -54,8 +53,7 @@ def sweep(task: str, given: argparse.Namespace) -> dict[str, Any]:
     """Run one task's sweep, or the rest of it; returns what it found."""
     output = given.output / task
     settings = {"data.tasks": f"[{task}]", "model.name": given.encoder, "data.dir": given.data}
-    if not given.as_it_is:
-        run_sweep(SPEC, output, settings)
+    run_sweep(SPEC, output, settings)
     (PLOTS / f"real-front-{task}.png").write_bytes((output / f"pareto-{task}.png").read_bytes())
     return describe(task, output)
 
@@ -202,7 +200,6 @@ def section(found: dict[str, Any]) -> list[str]:
         f"{found['trials']} trials of {found['steps']} steps of 32 examples, {found['dtype']}, "
         f"{found['hours']:.1f} hours of trials; score: {found['metric']}; limit: {limit:g} below the baseline.",
         machine_line(found),
-        *_cut(found),
         "",
         f"| front of | hypervolume (reference: score {ref[0]:g}, density {ref[1]:g}) |",
         "|---|---|",
@@ -229,13 +226,6 @@ def section(found: dict[str, Any]) -> list[str]:
         f"![The front](images/real-front-{found['task']}.png)",
     ]
     return lines
-
-
-def _cut(found: dict[str, Any]) -> list[str]:
-    """What to say where the sweep ended before its front seeds."""
-    seeds = found["front_seeds"]
-    fewer = len({point["trial"] for point in found["front"] if point["seeds"] < seeds})
-    return [f"Cut short: {fewer} settings of the front have fewer than {seeds} seeds."] if fewer else []
 
 
 def _row(point: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ def load_base(
         double_quant: Whether NF4's scales are quantised too.
         dtype: ``float32`` or ``bfloat16``: compute dtype, and storage dtype of what is not quantised.
         wo: How T5's ``wo`` lies in memory under ``nf4``: ``nf4``, ``bfloat16``, ``float32``; None is
-            ``bfloat16`` on a GPU and ``dtype`` on a CPU.
+            ``bfloat16`` on a GPU that computes in it, else ``dtype``.
         relu: Put ReLU in the place of the MLPs' own activation; whoever opens an adapter trained so has to do the same.
         revision: Hub revision.
         device: Where to; the CPU if None.

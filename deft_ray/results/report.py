@@ -39,6 +39,8 @@ _TABLE_SETTINGS = 4
 _DROPS = (0.0, 0.01)
 """Score drops within which the lowest density is named."""
 
+_NO_BASELINE = "No usable baseline: nothing to compare these scores with."
+
 _TIMES = (("startup_s", "start-up"), ("train_s", "training"), ("eval_s", "evaluation"), ("wall_s", "whole trial"))
 
 
@@ -273,7 +275,8 @@ def _task_part(
             f"Trials: {len(trained)}, {complete} complete{points_told}, of them {infeasible} infeasible and "
             f"{len(chosen)} on the front; {len(trained) - complete} not complete.{_landmarks(found, ref)}",
             "",
-            _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score", limit),
+            _table(_rows_of(found, chosen), varying(found)[:_TABLE_SETTINGS], own[0].score_metric or "score", limit)
+            or _why_no_rows(found),
             "",
             f"![Pareto front of {_cell(task)}]({stem}.png)",
             "",
@@ -311,8 +314,9 @@ def _rows_of(found: Sequence[Point], chosen: Sequence[Point]) -> list[Point]:
 
 
 def _table(rows: Sequence[Point], settings: Sequence[str], metric: str, limit: float) -> str:
+    """The table of a task; empty where there are no rows."""
     if not rows:
-        return "No trial has both a score and a density."
+        return ""
     dialled = ["τ"] if any(point.tau for point in rows) else []
     measured = [f"{metric} ↑", "score drop ↓", "density ↓", "density change ↑", "on front"]
     several = any(point.seeds > 1 for point in rows)
@@ -329,7 +333,12 @@ def _table(rows: Sequence[Point], settings: Sequence[str], metric: str, limit: f
         varied = [figures.short(point.config.get(name)) for name in settings]
         lines.append(_line([named, seed, *tau, *cells, *chance, *(_paired_cells(point) if tested else []), *varied]))
     no_baseline = not any(point.reference for point in rows)
-    return "\n".join(lines + ["", "No usable baseline: nothing to compare these scores with."] * no_baseline)
+    return "\n".join(lines + ["", _NO_BASELINE] * no_baseline)
+
+
+def _why_no_rows(found: Sequence[Point]) -> str:
+    """Without a baseline a score limit admits nobody."""
+    return _NO_BASELINE if any(point.measured for point in found) else "No trial has both a score and a density."
 
 
 def _cells(point: Point) -> list[str]:

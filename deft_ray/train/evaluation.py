@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import DynamicCache
 
 from deft_ray.density.counts import DensityCounts, StepCounts
 from deft_ray.density.masks import with_virtual_positions
@@ -244,7 +245,9 @@ class Evaluator:
             for text, mean in zip(texts, sureness, strict=True)
         ]
 
-    def _sureness(self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any, cross: Any) -> list[float]:
+    def _sureness(
+        self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any, cross: DynamicCache | None
+    ) -> list[float]:
         """Mean log-probability of the tokens that were written, the end of the sequence among them, for each row."""
         beyond_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= lengths_B.unsqueeze(1)
         labels = tokens_BT.masked_fill(beyond_BT, IGNORED)

@@ -100,11 +100,8 @@ def test_what_a_path_finds_is_what_was_measured() -> None:
         [round(100 * runs[task, "along a path"][key] / runs[task, "from scratch"][key]) for task in TASKS]
         for key in ("hypervolume", "hypervolume_near")
     )
-    steps = {
-        runs[task, "from scratch"][key] // runs[task, "along a path"][key]
-        for task in TASKS
-        for key in ["steps_beside_baselines"]
-    }
+    key = "steps_beside_baselines"
+    steps = {runs[task, "from scratch"][key] // runs[task, "along a path"][key] for task in TASKS}
     text = " ".join((ROOT / "README.md").read_text().split())
     assert steps == {4}
     assert f"it found {whole[0]} and {whole[1]} % of the hypervolume, and {near[0]} and {near[1]} % of the part" in text
