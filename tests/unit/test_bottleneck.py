@@ -152,6 +152,9 @@ def test_it_is_saved_and_reopened_by_plain_peft(
     reopened = PeftModel.from_pretrained(plain, tmp_path, **options).eval()
 
     assert isinstance(reopened.peft_config["default"], BottleneckConfig)
+    there = dict(reopened.named_parameters())
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(torch.equal(there[key], parameter) for key, parameter in trained.items()), "saved bit for bit"
     said = reopened(**inputs_of(base)).logits
     torch.testing.assert_close(said, want, rtol=1e-5, atol=1e-6)  # some CPUs round another way
     assert not any(parameter.requires_grad for parameter in reopened.parameters())
