@@ -2,6 +2,7 @@
 
     python benchmarks/density_loss.py --shape base
     python benchmarks/density_loss.py --shape xl --quantization nf4 --dtype bfloat16     on a GPU
+    python benchmarks/density_loss.py --shape base --parts evaluation --rounds 40        the rest stays as it is stored
 
 Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike.
 A ratio is the median over rounds of the ratio within a round. Needs torch, transformers, peft and, for NF4,
@@ -11,6 +12,7 @@ bitsandbytes; neither Ray nor DeepSpeed.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from shapes import SHAPES, build_t5, random_batch
-from store import store, summary
+from store import RESULTS, origin, store, summary
 from torch import Tensor
 
 from deft_ray.density.approximations import L0
@@ -32,6 +34,13 @@ from deft_ray.models.halves import decode, encode, generate, new_cross
 
 EPSILON = 1e-3
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
+PARTS = ("saved_for_backward", "steps", "evaluation")
+AIMS = {
+    "step over alpha = 0": "at most 1.03",
+    "bytes beyond alpha = 0": 0,
+    "fused over stock, bytes of the activation part": "at most 0.5",
+    "evaluation with counting": "at most 1.05",
+}
 #: Of the evaluation by likelihood: classes, and tokens of each one's answer.
 CLASSES, ANSWER = 3, 2
 
@@ -304,27 +313,27 @@ def main() -> None:
     parser.add_argument("--question", type=int, default=384, help="tokens of a source whose answer is generated")
     parser.add_argument("--target", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma between them")
     asked = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     dtype = getattr(torch, asked.dtype)
     base = build_t5(asked.shape, quantization=asked.quantization, dtype=dtype, device=device)
     trainer = Trainer(base, random_batch(asked.rows, asked.source, asked.target, device))
-    figures = {
-        "shape": vars(asked),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "saved_for_backward": measure_saved(trainer),
-        "steps": measure_steps(trainer, device, asked.rounds),
-        "evaluation": measure_evaluation(trainer, device, max(asked.rounds, 9), asked.question),
-        "aims": {
-            "step over alpha = 0": "at most 1.03",
-            "bytes beyond alpha = 0": 0,
-            "fused over stock, bytes of the activation part": "at most 0.5",
-            "evaluation with counting": "at most 1.05",
-        },
+    measures = {
+        "saved_for_backward": partial(measure_saved, trainer),
+        "steps": partial(measure_steps, trainer, device, asked.rounds),
+        "evaluation": partial(measure_evaluation, trainer, device, max(asked.rounds, 9), asked.question),
     }
     place = "gpu" if device.type == "cuda" else "cpu"
-    store(f"density_loss_{asked.shape}_{asked.quantization}_{asked.dtype}_{place}", figures)
+    name = f"density_loss_{asked.shape}_{asked.quantization}_{asked.dtype}_{place}"
+    file = RESULTS / f"{name}.json"
+    figures = json.loads(file.read_text()) if file.is_file() else {}
+    on = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    shape = {key: value for key, value in vars(asked).items() if key != "parts"}
+    for part in asked.parts.split(","):
+        figures[part] = {"measured": {**origin(), **on, "shape": shape}, **measures[part]()}
+    store(name, {**{part: figures[part] for part in PARTS if part in figures}, "aims": AIMS})
 
 
 if __name__ == "__main__":

@@ -8,8 +8,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ViTImageProcessorPil,
+)
 from transformers.pytorch_utils import Conv1D
 
 from deft_ray.spec.schema import TrialSpec
@@ -17,7 +25,7 @@ from deft_ray.spec.schema import TrialSpec
 
 def train_plain(
     folder: Path,
-    sources: Sequence[str | tuple[str, str]],
+    sources: Sequence[str | tuple[str, str] | Image.Image],
     answers: Sequence[str] | Sequence[int],
     spec: TrialSpec,
     adapter: PeftConfig | None = None,
@@ -27,7 +35,7 @@ def train_plain(
 
     Args:
         folder: The pretrained model.
-        sources: Training texts, or pairs of them.
+        sources: Training texts, or pairs of them, or images.
         answers: Their answers, or their classes.
         spec: Where the settings come from.
         adapter: PEFT's own description of the adapter; the LoRA of ``spec`` if None.
@@ -37,11 +45,24 @@ def train_plain(
         The loss of every step, and every trained tensor by its name in the PEFT model.
     """
     train, steps = spec.train, spec.train.steps or 0
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if head is None:
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
+    options: dict[str, Any] = {"dtype": spec.model.dtype}
+    if spec.model.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=spec.model.double_quant,
+            bnb_4bit_compute_dtype=spec.model.dtype,
+            llm_int8_skip_modules=["lm_head", "classifier"],
+        )
+    if isinstance(sources[0], Image.Image):
+        tokenizer = ViTImageProcessorPil.from_pretrained(folder)
+        model = AutoModelForImageClassification.from_pretrained(folder, num_labels=len(set(answers)), **options)
+    elif head is None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(set(answers)))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(set(answers)), **options)
         if model.config.model_type in ("opt", "gpt2"):  # answers come from the last token; GPT-2 has no padding
             tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -53,6 +74,7 @@ def train_plain(
         target_modules=spec.adapter.target_modules,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=TaskType.SEQ_2_SEQ_LM if head is None else TaskType.SEQ_CLS,
+        modules_to_save=["classifier"] if model.config.model_type == "vit" else None,
     )
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -72,7 +94,8 @@ def train_plain(
     losses = []
     for step in range(steps):
         picked = order[step * train.batch_size : (step + 1) * train.batch_size]
-        batch = dict(tokenizer([sources[index] for index in picked], padding=True, return_tensors="pt"))
+        how = {} if model.config.model_type == "vit" else {"padding": True}
+        batch = dict(tokenizer([sources[index] for index in picked], return_tensors="pt", **how))
         if head is None:
             batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
             wanted = tokenizer([answers[index] for index in picked], padding=True, return_tensors="pt")

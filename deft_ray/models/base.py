@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from PIL import Image
 from torch import nn
@@ -21,7 +20,8 @@ from transformers import (
 
 from deft_ray.density.sites import Site
 from deft_ray.models.families import FAMILIES, Family, activation_name, find_sites
-from deft_ray.models.wo import check_logits, check_wo, loading_wo, resolve_wo, settle_wo
+from deft_ray.models.quantised import check_logits, four_bit_layers
+from deft_ray.models.wo import check_wo, loading_wo, resolve_wo, settle_wo
 from deft_ray.nano import MODEL_DIR
 from deft_ray.spec.catalog import NANO
 
@@ -90,7 +90,7 @@ def load_base(
     Raises:
         OSError: From transformers, if the model is not to be had.
         ValueError: If the model is of no known family or not of this one, weights are missing, there is nothing to
-            quantise, a quantised ``wo`` computes wrongly, or images come out in a size that the model does not take.
+            quantise, a quantised layer computes wrongly, or images come out in a size that the model does not take.
     """
     known = FAMILIES[family]
     source = str(MODEL_DIR) if name == NANO else name
@@ -121,7 +121,7 @@ def load_base(
             settle_wo(sites, wo)
             if wo == "nf4":
                 check_wo(model, sites)
-            check_logits(model)
+        check_logits(model)
     for site in sites if relu else ():
         site.put(nn.ReLU())
     tokenizer = None if known.images else _load_tokenizer(source, revision, model, known)
@@ -146,11 +146,11 @@ def _load(source: str, name: str, family: Family, options: dict[str, Any], wo: s
 
 
 def _settle_quantised(model: PreTrainedModel, name: str) -> None:
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    layers = four_bit_layers(model)
     if not layers:
         what = f"NF4 on a model without linear layers to quantise ({type(model).__name__})"
         raise ValueError(f"{name}: model.quantization: {what}; use 'none'")
-    for layer in layers:
+    for layer in layers.values():
         # Some CPUs lay 4-bit weights out anew in the first evaluation; after that they pass no gradient in training.
         layer.support_avx512bf16_for_cpu = False
 

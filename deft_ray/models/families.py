@@ -111,6 +111,7 @@ def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
 def gated_t5_forward(block: Any, activation: MlpActivation, hidden_BTD: torch.Tensor) -> torch.Tensor:
     """Forward pass of ``T5DenseGatedActDense`` with the gate as one function."""
     product_BTF = block.dropout(activation.gate(block.wi_0(hidden_BTD), block.wi_1(hidden_BTD)))
+    assert product_BTF.is_floating_point(), product_BTF.dtype
     dtype = block.wo.weight.dtype
     out_BTD: torch.Tensor = block.wo(product_BTF.to(dtype) if dtype.is_floating_point else product_BTF)
     return out_BTD

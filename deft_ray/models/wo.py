@@ -16,14 +16,11 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 
 from deft_ray.density.sites import Site
-
-#: Relative error at which a block counts as wrong: well above a few roundings of bfloat16 (2^-8 each), far below what a
-#: cast to uint8 leaves, where negative numbers wrap around: 40 to 300 on small models.
-TOLERANCE = 0.05
+from deft_ray.models.quantised import TOLERANCE, open_linear, relative_error
 
 
 def resolve_wo(wo: str | None, device: torch.device) -> str | None:
@@ -114,52 +111,16 @@ def check_wo(model: Any, sites: list[Site]) -> None:
         sites: Its MLP blocks.
 
     Raises:
-        ValueError: If a block is off by more than :data:`TOLERANCE`.
+        ValueError: If a block is off by more than :data:`~deft_ray.models.quantised.TOLERANCE`.
     """
     dice = torch.Generator().manual_seed(0)
     for site in sites:
         block: Any = site.block
         hidden_BTD = torch.randn(1, 8, model.config.d_model, generator=dice).to(model.device, model.dtype)
         for attempt in (1, 2):
-            error = _relative_error(block(hidden_BTD), _expected(block, hidden_BTD))
+            error = relative_error(block(hidden_BTD), open_linear(block.wo, _before_wo(block, hidden_BTD)))
             if not error <= TOLERANCE:
                 raise ValueError(_fault(f"{site.name}: pass {attempt} is off by {error:.3g} of what its weights say"))
-
-
-@torch.no_grad()
-def check_logits(model: Any) -> None:
-    """Compare a quantised T5 with itself on a fixed text, whatever its ``wo``.
-
-    Args:
-        model: In evaluation mode.
-
-    Raises:
-        ValueError: If its logits are not finite, or not the same twice.
-    """
-    ids = torch.arange(2, 10, device=model.device).unsqueeze(0)
-    first, second = (model(input_ids=ids, decoder_input_ids=ids).logits for _ in range(2))
-    fault = "are not finite" if not first.isfinite().all() else ""
-    if not fault and not _relative_error(second, first) <= TOLERANCE:
-        fault = "differ between two passes"
-    if fault:
-        raise ValueError(
-            f"model.quantization: 'nf4' does not compute rightly here: the logits of a fixed text {fault}; "
-            "use 'none', or another model.dtype or model.wo"
-        )
-
-
-def _expected(block: Any, hidden_BTD: Tensor) -> Tensor:
-    """The block's output with ``wo`` opened: a plain product of floating numbers."""
-    weight_DF = bnb.functional.dequantize_4bit(block.wo.weight.data, block.wo.weight.quant_state)
-    act_BTF = _before_wo(block, hidden_BTD)
-    return nn.functional.linear(act_BTF.to(weight_DF.dtype), weight_DF)
-
-
-def _relative_error(got: Tensor, want: Tensor) -> float:
-    """Distance over length; 0 where both are zero."""
-    length = float(want.float().norm())
-    distance = float((got.float() - want.float()).norm())
-    return distance / length if length else distance
 
 
 def _fault(what: str) -> str:

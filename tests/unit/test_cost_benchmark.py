@@ -33,5 +33,20 @@ def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
         assert beyond["fused_deft"] == beyond["fused_peft"], kind
         assert result["steps"][kind]["over_alpha_0"].keys() == {"deft", "fused_deft", "naive", "naive_float32"}
     assert saved["none"]["bytes_per_activation_beyond_peft"]["fused_deft"] == -16.0
-    assert result["evaluation"].keys() == {"forward", "likelihood", "generation"}
-    assert all(part["counting_over_plain"]["count"] >= 9 for part in result["evaluation"].values())
+    ways = {name: way for name, way in result["evaluation"].items() if name != "measured"}
+    assert ways.keys() == {"forward", "likelihood", "generation"}
+    assert all(way["counting_over_plain"]["count"] >= 9 for way in ways.values())
+
+
+def test_a_part_that_is_measured_again_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "density_loss_tiny_none_float32_cpu.json"
+    file.write_text(json.dumps({"steps": {"none": 1}, "evaluation": {"old": 2}}))
+    code = ALONE.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path)).replace(
+        '"1"]', '"1", "--parts", "evaluation"]'
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+    result = json.loads(file.read_text())
+    assert result["steps"] == {"none": 1}
+    assert "saved_for_backward" not in result
+    assert result["evaluation"].keys() == {"measured", "forward", "likelihood", "generation"}
+    assert result["evaluation"]["measured"]["shape"]["rounds"] == 1

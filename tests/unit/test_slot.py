@@ -35,7 +35,7 @@ from tests.slots import (
     weights,
     worst,
 )
-from tests.tiny import MRPC, MRPC_LABELS, glue_rows, tiny_trial
+from tests.tiny import MRPC, MRPC_LABELS, glue_rows, make_image, tiny_trial
 
 Trial = Callable[..., TrialSpec]
 
@@ -113,6 +113,23 @@ def test_every_adapter_without_density_loss_is_plain_peft(
         assert same(weights(slot.model), want)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_on_any_base_a_trial_without_density_loss_is_plain_peft(
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], quantization: str, dtype: str
+) -> None:
+    """Bit for bit."""
+    leaves = {"train__warmup_share": 0.0, "train__max_grad_norm": 0.0, "adapter__lora_dropout": 0.1}
+    spec = trial("t5", model__quantization=quantization, model__dtype=dtype, train__steps=7, **leaves)
+    slot = open_slot(spec)
+    losses = run(slot)
+    rows = glue_rows("mrpc", "train", 30)
+    sources, answers = [MRPC.format(**row) for row in rows], [MRPC_LABELS[row["label"]] for row in rows]
+    want_losses, want = train_plain(tiny_models["t5"], sources, answers, spec)
+    assert losses == want_losses
+    assert same(weights(slot.model), want)
+
+
 @pytest.mark.parametrize("model", ["dry-bert", "dry-roberta", "dry-opt", "dry-gpt2"])
 def test_a_head_without_density_loss_is_plain_peft_too(
     trial: Trial, open_slot: Any, tiny_models: dict[str, Path], model: str
@@ -125,6 +142,19 @@ def test_a_head_without_density_loss_is_plain_peft_too(
     rows = glue_rows("sst2", "train", 30)
     sources, answers = [row["sentence"] for row in rows], [row["label"] for row in rows]
     want_losses, want = train_plain(tiny_models[model], sources, answers, spec, head=start)
+    assert losses == want_losses
+    assert same(weights(slot.model), want)
+
+
+def test_images_without_density_loss_are_plain_peft_too(
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path]
+) -> None:
+    leaves = {"adapter__lora_dropout": 0.0, "train__warmup_share": 0.0, "train__max_grad_norm": 0.0}
+    spec = trial("dry-vit", "cifar10", train__steps=7, **leaves)
+    slot = open_slot(spec)
+    start, losses = weights(slot.model), run(slot)
+    images, labels = [make_image("train", index) for index in range(30)], [index % 10 for index in range(30)]
+    want_losses, want = train_plain(tiny_models["dry-vit"], images, labels, spec, head=start)
     assert losses == want_losses
     assert same(weights(slot.model), want)
 

@@ -24,7 +24,7 @@ from deft_ray.density.probe import DensityProbe
 from deft_ray.models.adapters import Lora, attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
-from deft_ray.models.wo import check_logits, check_wo, loading_wo, resolve_wo, settle_wo
+from deft_ray.models.wo import check_wo, loading_wo, resolve_wo, settle_wo
 from tests.plain_peft import PlainCounts
 
 IDS = torch.arange(3, 13).unsqueeze(0)
@@ -154,44 +154,12 @@ def test_a_block_that_changes_after_its_first_pass_is_caught(tiny_models: dict[s
         check_wo(base.model, base.sites)
 
 
-@pytest.mark.parametrize("wo", [None, "nf4"])
-def test_logits_that_are_no_numbers_or_wander_are_caught(tiny_models: dict[str, Path], wo: str | None) -> None:
-    base, message = load(tiny_models["dry-t5"], wo), r"^model\.quantization: 'nf4' does not compute rightly here: "
-    head = base.model.get_submodule("lm_head")
-    handle = head.register_forward_hook(lambda _m, _i, out: out * float("nan"))
-    with pytest.raises(ValueError, match=message + "the logits of a fixed text are not finite;"):
-        check_logits(base.model)
-    handle.remove()
-    factors = iter((1.0, 2.0))
-    handle = head.register_forward_hook(lambda _m, _i, out: out * next(factors))
-    with pytest.raises(ValueError, match=message + "the logits of a fixed text differ between two passes;"):
-        check_logits(base.model)
-    handle.remove()
-    check_logits(base.model)
-
-
 @pytest.mark.parametrize("wo", [None, "float32", "bfloat16"])
 def test_a_wo_that_is_quantised_although_nobody_asked_is_refused(tiny_models: dict[str, Path], wo: str | None) -> None:
     """As a transformers that no longer leaves it out would load it: T5 would cut what enters it to whole numbers."""
     base = load(tiny_models["dry-t5"], "nf4")
     with pytest.raises(ValueError, match=r"^model\.wo: encoder\.0 is loaded as torch\.uint8; ask for 'nf4'$"):
         settle_wo(base.sites, wo)
-
-
-@pytest.mark.parametrize("wo", [None, "nf4"])
-def test_a_model_that_computes_wrongly_is_not_opened(
-    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, wo: str | None
-) -> None:
-    honest = T5ForConditionalGeneration.forward
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        found = honest(*args, **kwargs)
-        found.logits = found.logits * float("inf")
-        return found
-
-    monkeypatch.setattr(T5ForConditionalGeneration, "forward", wrong)
-    with pytest.raises(ValueError, match=r"^model\.quantization: 'nf4' does not compute rightly here: "):
-        load(tiny_models["dry-t5"], wo)
 
 
 def test_a_wo_that_is_not_quantised_although_asked_is_refused(tiny_models: dict[str, Path]) -> None:
@@ -201,8 +169,12 @@ def test_a_wo_that_is_not_quantised_although_asked_is_refused(tiny_models: dict[
         settle_wo(base.sites, "nf4")
 
 
-def test_an_integer_never_enters_wo(tiny_models: dict[str, Path]) -> None:
-    base = load(tiny_models["dry-t5"], "nf4")
+@pytest.mark.parametrize(("wo", "fused"), [("nf4", False), ("nf4", True), ("float32", True)])
+def test_an_integer_never_enters_wo(tiny_models: dict[str, Path], wo: str, fused: bool) -> None:
+    """In the forward passes that are ours; T5's own casts to the dtype of `wo`, which is made sure of at load."""
+    base = load(tiny_models["dry-t5"], wo)
+    if fused:
+        DensityProbe(base.sites, fused=True)
     block: Any = base.sites[0].block
     block.dropout.register_forward_hook(lambda _m, _i, act: act.to(torch.uint8))
 
