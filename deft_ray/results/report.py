@@ -212,20 +212,32 @@ def _heading(
 
 
 def early_stopping(records: Iterable[Record]) -> str:
-    """Say what the scheduler saved; nothing where it stopped no trial or lengths are in epochs."""
+    """Say what the scheduler saved; nothing where it stopped no trial.
+
+    Lengths in epochs are steps by those of the task's baseline, which is never stopped.
+    """
     records = list(records)
     pruned = [record for record in records if record.status == "pruned"]
-    saved = 0
-    for record in pruned:
-        planned = record.config.get("train.steps")
-        if not isinstance(planned, int):
-            return ""
-        saved += planned - record.steps
+    whole = {record.task: record for record in records if record.baseline and record.status == "complete"}
+    saved = sum(planned - record.steps for record in pruned if (planned := _planned(record, whole)) is not None)
     trained = sum(record.steps for record in records if record.task != ALL_TASKS)
     if not saved:
         return ""
     share = saved / (saved + trained)
     return f"{len(pruned)} trials pruned: {trained:,} steps trained, {saved:,} ({share:.0%}) saved"
+
+
+def _planned(record: Record, whole: Mapping[str, Record]) -> int | None:
+    """Steps that a trial would have had; None if nothing tells."""
+    mine: Mapping[str, Any] = record.config
+    if mine.get("train.steps") is not None:
+        return int(mine["train.steps"])
+    baseline = whole.get(record.task)
+    if baseline is None:
+        return None
+    its: Mapping[str, Any] = baseline.config
+    epochs, batch = (mine[key] / its[key] for key in ("train.epochs", "train.batch_size"))
+    return round(baseline.steps * epochs / batch)
 
 
 def _beside(name: str, compared: Mapping[str, tuple[Found, Found]], limit: float) -> str:

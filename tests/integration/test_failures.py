@@ -62,7 +62,7 @@ def test_a_diverging_trial_is_a_record_and_the_rest_goes_on(folder: Path, tmp_pa
 
 def test_a_failing_baseline_ends_its_task(folder: Path, tmp_path: Path) -> None:
     spec = write_spec(folder, tmp_path / "spec.yaml", targets="[no_such_module]")
-    done = sweep(spec, tmp_path / "run")
+    done = sweep(spec, tmp_path / "run", "--set", "constraint.max_score_drop=0.1")
     assert done.returncode == 4, done.stdout + done.stderr
     found = records(tmp_path / "run")
     assert [(record["task"], record["baseline"], record["status"]) for record in found] == [

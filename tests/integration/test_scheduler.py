@@ -10,6 +10,7 @@ from typing import Any
 
 from deft_ray.cli import main
 from tests.integration.sweeps import records, start, stop, sweep, wait_until
+from tests.searches import told
 from tests.tiny import write_glue, write_tiny_bert
 
 SPEC = """
@@ -52,6 +53,9 @@ def test_trials_are_pruned_and_a_sweep_in_pieces_prunes_the_same(tmp_path: Path)
         assert (record["activation"], record["host"]) == (found[0]["activation"], found[0]["host"])
         assert record["versions"] == found[0]["versions"]
         assert not (whole / "checkpoints" / record["trial"]).exists()
+    points = told(whole / "search", "sst2")
+    assert len(points) == 7
+    assert all(point.state.is_finished() for point in points), "none stays running"
     saved = sum(18 - record["steps"] for record in pruned)
     trained = len(everything) * 18 - saved
     assert f"{len(pruned)} trials pruned: {trained} steps trained, {saved} (" in (whole / "report.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_the_report_says_both(tmp_path: Path) -> None:
     ]
     assert early_stopping(WITHOUT) == ""
     assert "Early stopping" not in write_results(tmp_path / "other", "s", WITHOUT)[-1].read_text()
+
+
+def test_lengths_in_epochs_are_those_of_the_baseline() -> None:
+    """1,000 steps are two epochs of batches of 8: one epoch of 16 is 250."""
+    base, pruned = (
+        record(name, 0.9, 0.8, baseline=name == "t0", status=status, steps=steps)
+        for name, status, steps in (("t0", "complete", 1000), ("t1", "pruned", 100))
+    )
+    config = {"train.steps": None, "train.epochs": 2, "train.batch_size": 8}
+    base = replace(base, config=config)
+    pruned = replace(pruned, config={**config, "train.epochs": 1, "train.batch_size": 16})
+    assert early_stopping([base, pruned]) == "1 trials pruned: 1,100 steps trained, 150 (12%) saved"
+    assert early_stopping([replace(pruned, task="other"), base]) == ""
 
 
 def test_the_command_takes_another_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -284,6 +284,13 @@ def test_a_resumed_trial_tells_of_every_rung_again(trial: Trial, serve: Any) -> 
     assert not any(row.get("rung") is not None for row in rows[2:])
 
 
+def test_rungs_of_a_trial_in_epochs_are_shares_of_its_steps(trial: Trial, serve: Any) -> None:
+    """Thirty examples, twice over, in batches of six: ten steps."""
+    rows = serve(Inbox(trial(train__steps=None, train__epochs=2.0, rungs=(1 / 9, 1 / 3))))
+    assert rows[-1]["steps"] == 10
+    assert [(row["rung"], row["step"]) for row in rows if row.get("rung") is not None] == [(0, 1), (1, 3)]
+
+
 def test_predictions_outlive_a_kill_after_the_last_evaluation(trial: Trial, serve: Any, monkeypatch: Any) -> None:
     leaves = {"train__steps": 3, "train__checkpoint_every_s": 0.0}
     calm = serve(Inbox(trial(trial="t0001", **leaves)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def run(spec: SweepSpec, folder: Path, kills: Iterator[bool]) -> list[Record]:
             score, density = measure(trial, step)
             assert rungs is not None
             if not rungs.arrive(**named, rung=rung, step=step, score=score, density=density):
-                return made_up(trial, score, density, "pruned")
+                moment()
+                return replace(made_up(trial, score, density, "pruned"), score=score, density=density, steps=step)
             moment()
         return made_up(trial, *measure(trial, STEPS))
 
@@ -100,16 +101,74 @@ def left(folder: Path) -> list[Any]:
     return [rungs, names, [[(t.state, t.params, t.values, t.user_attrs) for t in told(folder, name)] for name in names]]
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sampler", ["mo_tpe", "tpe", "random"])
+def test_with_several_trials_at_once_a_kill_repeats_no_rung_and_loses_none(
+    tmp_path: Path, sampler: str, seed: int
+) -> None:
+    """Trials that were under way come back as they were asked for; each arrives once at each rung that it reaches."""
+    spec, log, dice = (
+        make_spec(sampler, scheduler="mo_asha"),
+        RecordLog(tmp_path / "records.jsonl"),
+        random.Random(seed),
+    )
+    asked: dict[str, str] = {}
+    lives = 0
+    while len(log.read()) < 2 + 24:
+        lives += 1
+        schedule = Schedule(spec, tmp_path, log.read())
+        rungs = build_rungs(spec, tmp_path, asha_lets_on, schedule.baseline_score)
+        assert rungs is not None
+        under_way: list[tuple[TrialSpec, list[tuple[int, int]]]] = []
+        while dice.random() > 0.15:  # else the driver is gone
+            trial = schedule.next() if len(under_way) < 3 else None
+            if isinstance(trial, TrialSpec):
+                assert asked.setdefault(trial.trial, trial.model_dump_json()) == trial.model_dump_json()
+                under_way.append((trial, list(rung_steps(STEPS, trial.rungs).items())))
+            if not under_way:
+                break
+            mine, to_come = one = dice.choice(under_way)
+            named = {"task": mine.task, "trial": mine.trial, "seed": mine.seed, "baseline": mine.baseline}
+            step, rung = to_come.pop(0) if to_come else (STEPS, None)
+            score, density = measure(mine, step)
+            if rung is not None and rungs.arrive(**named, rung=rung, step=step, score=score, density=density):
+                continue
+            status = "complete" if rung is None else "pruned"
+            log.append(replace(made_up(mine, score, density, status), score=score, density=density, steps=step))
+            schedule.ended(log.read()[-1])
+            under_way.remove(one)
+
+    records = log.read()
+    assert lives > 1
+    assert sorted(record.trial for record in records) == sorted(asked) == sorted({record.trial for record in records})
+    arrived = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    each = [(row["trial"], row["rung"]) for row in arrived]
+    assert len(each) == len(set(each))
+    stopped = {row["trial"]: row["rung"] for row in arrived if not row["goes_on"]}
+    for record in records:
+        last = stopped.get(record.trial, 1)
+        assert [rung for trial, rung in each if trial == record.trial] == list(range(last + 1))
+        assert (record.status == "pruned") == (record.trial in stopped)
+    assert all(point.state.is_finished() for name in TASKS for point in told(tmp_path, name))
+
+
 @pytest.mark.parametrize(
-    ("sampler", "scope"),
-    [*((sampler, "per-task") for sampler in ("mo_tpe", "tpe", "nsga2", "gp", "random", "grid")), ("mo_tpe", "shared")],
+    ("sampler", "scope", "scheduler"),
+    [
+        *((sampler, "per-task", "mo_asha") for sampler in ("mo_tpe", "tpe", "nsga2", "gp", "random", "grid")),
+        ("mo_tpe", "shared", "mo_asha"),
+        ("mo_tpe", "per-task", "asha"),
+    ],
 )
 def test_a_search_killed_at_random_moments_decides_as_one_that_was_not(
-    tmp_path: Path, sampler: str, scope: str
+    tmp_path: Path, sampler: str, scope: str, scheduler: str
 ) -> None:
-    spec = make_spec(sampler, scheduler="mo_asha", scope=scope)
+    spec = make_spec(sampler, scheduler=scheduler, scope=scope)
     whole = run(spec, tmp_path / "whole", iter(lambda: False, None))
     assert {record.status for record in whole} == {"complete", "pruned"}
+    points = [point for name in left(tmp_path / "whole")[1] for point in told(tmp_path / "whole", name)]
+    assert all(point.state.is_finished() for point in points), "none stays running"
+    assert any("pruned_at" in point.user_attrs for point in points), "what a point was stopped at is told"
     for seed in range(2 if sampler == "gp" else 5):
         dice, folder = random.Random(seed), tmp_path / f"killed{seed}"
         killed = run(spec, folder, iter(lambda dice=dice: dice.random() < 0.15, None))

@@ -552,6 +552,15 @@ def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str,
     assert this_machine().cpus >= 1
 
 
+def test_points_for_all_tasks_have_no_front_seeds_and_no_warm_start() -> None:
+    found = faults_of(search={"scope": "shared", "front_seeds": 3, "warm_start": ["tasks"]})
+    assert (("search", "front_seeds"), "is for scope per-task (got 3); leave it out") in found
+    assert [where for where, message in found if "is for scope per-task" in message] == [
+        ("search", "front_seeds"),
+        ("search", "warm_start"),
+    ]
+
+
 def test_a_grid_is_of_single_values_all_of_which_are_tried() -> None:
     deft = {"alpha": {"loguniform": [0.1, 1.0]}, "epsilon": {"choice": [1e-5, 1e-3]}}
     search = {"sampler": "grid", "try_first": [{"deft.alpha": 0.5}], "trials": 5}

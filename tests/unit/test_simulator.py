@@ -99,6 +99,19 @@ def test_the_known_front_is_nearly_the_computed_one(
         assert 0.98 < areas[0] / areas[1] <= 1.0
 
 
+def test_rays_searcher_is_told_which_way_is_better(benchmark: Any) -> None:
+    """The better score at the same density, and the lower density at the same score, dominate in its study."""
+    _, problems, _ = benchmark
+    import rivals
+
+    ray = rivals.RayOptuna(problems["smooth"], 0)
+    for number, result in enumerate([(0.9, 0.5), (0.8, 0.5), (0.9, 0.6), (0.95, 0.7)]):
+        assert ray.ask(number).keys() == {"deft.alpha", "deft.epsilon", "train.learning_rate"}
+        ray.tell(number, *result)
+    best = ray._search._ot_study.best_trials
+    assert sorted(trial.values for trial in best) == [[0.9, 0.5], [0.95, 0.7]]
+
+
 def test_a_rival_has_the_same_budget_and_measures(benchmark: Any) -> None:
     _, problems, _ = benchmark
     import rivals
