@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("bitsandbytes", "deepspeed", "peft", "ray", "torch", "transformers")
+_PACKAGES = (
+    "bitsandbytes", "deepspeed", "moocore", "optuna", "peft", "ray", "scipy", "syne-tune", "torch", "transformers",
+)  # fmt: skip
 
 
 def summary(values: list[float]) -> dict[str, float | int]:

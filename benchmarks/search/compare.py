@@ -34,8 +34,7 @@ from simulate import Ended, build_spec, simulate
 from table import TABLE, load_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from store import RESULTS, store
-from store import head as store_head
+from store import RESULTS, origin, store
 
 #: Settings of ``search`` by method.
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,6 +73,9 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, and store nothing")
     given = parser.parse_args()
     methods, names = given.methods.split(";"), [name for name in given.problems.split(",") if name]
+    for method in methods:
+        if method in RIVALS:
+            RIVALS[method](PROBLEMS[0], 0)  # a package that is missing is missed now, not after hours
     if not given.dry:
         _check_stored(names, methods, given.seeds)
     with ProcessPoolExecutor(given.processes) as pool:
@@ -101,8 +103,9 @@ def _with_others(name: str, runs: list[dict[str, Any]], head: dict[str, Any]) ->
     file = RESULTS / f"{name}.json"
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     alike = stored and all(stored.get(key) == value for key, value in head.items())
-    new = [{**row, "commit": store_head()} for row in runs]
-    rows = {row["method"]: row for row in [*(stored["runs"] if alike else []), *new]}
+    here = origin()
+    old = [{**{key: stored[key] for key in here}, **row} for row in stored["runs"]] if alike else []
+    rows = {row["method"]: row for row in [*old, *({**row, **here} for row in runs)]}
     return [rows[method] for method in [*METHODS, *RIVALS] if method in rows]
 
 
@@ -197,11 +200,13 @@ def _summarise(curves: list[Curve], at: list[int]) -> dict[str, Any]:
 def cost(method: str) -> dict[str, Any]:
     """Time one run of many trials on the problem with the most leaves; a Gaussian process has a tenth of them."""
     problem, many = PROBLEMS[-1], MANY if METHODS[method]["sampler"] != "gp" else MANY // 10
-    began = time.perf_counter()
-    trials = sum(1 for _ in islice(simulate(problem, build_spec(problem, 0, many, **METHODS[method]), 10**9), many))
-    seconds = time.perf_counter() - began
+    ends = [time.perf_counter()]
+    for _ in islice(simulate(problem, build_spec(problem, 0, many, **METHODS[method]), 10**9), many):
+        ends.append(time.perf_counter())
+    trials, seconds, last = len(ends) - 1, ends[-1] - ends[0], 10 * (ends[-1] - ends[-101])
     print(f"{method:20} {trials} trials in {seconds:.1f} s")
-    return {"method": method, "trials": trials, "seconds": seconds, "ms_per_trial": 1e3 * seconds / trials}
+    mean = 1e3 * seconds / trials
+    return {"method": method, "trials": trials, "seconds": seconds, "ms_per_trial": mean, "ms_per_trial_last_100": last}
 
 
 def run(problem: Problem, method: str, seed: int, budget: int) -> Iterator[Ended]:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 ALONE = """
 import sys
 from pathlib import Path
-sys.modules.update(ray=None, deepspeed=None, mlflow=None)
+sys.modules.update(dict.fromkeys(["ray", "deepspeed", "mlflow", "optuna", "datasets", "moocore", "pyarrow"]))
 sys.path.insert(0, {benchmarks!r})
 import store
 store.RESULTS = Path({folder!r})
@@ -22,10 +24,12 @@ density_loss.main()
 """
 
 
-def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path, quantization: str) -> None:
     code = ALONE.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path))
+    code = code.replace('"1"]', f'"1", "--quantization", "{quantization}"]')
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
-    result = json.loads((tmp_path / "density_loss_tiny_none_float32_cpu.json").read_text())
+    result = json.loads((tmp_path / f"density_loss_tiny_{quantization}_float32_cpu.json").read_text())
     saved = result["saved_for_backward"]
     for kind in ("none", "non-reentrant", "reentrant"):
         beyond = saved[kind]["bytes_per_activation_beyond_peft"]

@@ -19,6 +19,11 @@ def test_virtual_positions_are_zeros_on_the_left_of_the_encoders_mask() -> None:
     assert masks["encoder"].shape == (2, 3), "the batch's own mask stays as it is"
 
 
+def test_virtual_positions_are_ones_where_padding_counts() -> None:
+    masks = {"encoder": torch.ones(2, 3, dtype=torch.int64)}
+    assert with_virtual_positions(masks, 2, counted=True)["encoder"].tolist() == [[1] * 5] * 2
+
+
 def test_without_virtual_positions_the_masks_are_as_they_were() -> None:
     masks = {"encoder": torch.tensor([[True, False]]), "decoder": torch.tensor([[True]])}
     widened = with_virtual_positions(masks, 0)

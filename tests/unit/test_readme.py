@@ -67,8 +67,10 @@ def test_what_the_density_loss_costs_is_what_was_measured() -> None:
     ways = [found["evaluation"][way]["counting_over_plain"] for way in ("forward", "likelihood", "generation")]
     ends = [min(way["lower_quartile"] for way in ways), max(way["upper_quartile"] for way in ways)]
     assert {way["count"] for way in ways} == {28}
+    source = found["evaluation"]["measured"]["shape"]["question"]
     assert figures("evaluation with exact counts over one without") == [
-        *(round(way["median"], 2) for way in ways), 28, *(round(end, 2) for end in ends)
+        *(round(way["median"], 2) for way in ways), 28, *(round(end, 2) for end in ends),
+        1.05, source, round(ways[2]["median"], 3),
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import statistics
@@ -104,6 +105,25 @@ def test_what_asking_costs_is_what_was_measured() -> None:
     found = {run["method"]: run for run in measured("search_cost")["runs"]}
     rows = table_of("What asking costs")
     assert {row[0] for row in rows} == found.keys()
-    for method, trials, _, each in rows:
+    for method, trials, _, each, last in rows:
         assert int(trials.replace(",", "")) == found[method]["trials"]
         assert float(each) == pytest.approx(found[method]["ms_per_trial"], abs=0.06)
+        if (late := found[method].get("ms_per_trial_last_100")) is not None:
+            assert float(last) == pytest.approx(late, abs=0.06)
+
+
+def test_the_page_is_what_its_command_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "search"))
+    page = importlib.import_module("page")
+    results = {name: found for name in page.PROBLEMS if (found := page._read(f"search_{name}"))}
+    by_problem = {name: {run["method"]: run for run in result["runs"]} for name, result in results.items()}
+    assert page.page(results, by_problem) == (ROOT / "docs" / "search.md").read_text()
+
+
+def test_what_of_the_aims_is_reached_is_said() -> None:
+    runs = {run["method"]: run["whole"]["steps_to_enough"] for run in measured("search_nano")["runs"]}
+    steps = {method: statistics.median(step or float("inf") for step in found) for method, found in runs.items()}
+    text = (ROOT / "docs" / "search.md").read_text()
+    for method in ("mo_tpe, mo_asha", "mo_tpe"):
+        shares = [steps[method] / steps[other] for other in ("random", "tpe")]
+        assert f"`{method}`, *whole*: {shares[0]:.2f} and {shares[1]:.2f};" in text

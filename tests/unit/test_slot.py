@@ -437,6 +437,34 @@ def test_padding_counts_where_the_paper_counts_it(trial: Trial, open_slot: Any, 
     assert worst(without, want) > 1e-2, "padding must have moved something"
 
 
+PAPER = {"data__padding": "max_length", "data__max_source_tokens": 40, "deft__count_padding": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("dry-bert", "lora"), ("dry-gpt2", "lora"), ("dry-opt", "lora"), ("dry-bert", "prompt"), ("dry-t5", "prompt")],
+)
+def test_padding_and_virtual_tokens_count_where_the_paper_counts_them(
+    trial: Trial, open_slot: Any, model: str, kind: str
+) -> None:
+    """All positions that the activations have: of a model padded left, and of a prompt before its input."""
+    leaves = {"adapter__kind": kind, **({"adapter__virtual_tokens": 5} if kind == "prompt" else {})}
+    loss_of = {"deft__alpha": 20.0, "deft__epsilon": EPSILON, "deft__approximation": "l0"}
+    options = {**loss_of, "train__max_grad_norm": 0.0, "train__micro_batch_size": 2}
+    slot = shaken(open_slot(trial(model, "mrpc", **PAPER, **leaves, **options)))
+    with seen_activations(slot) as acts:
+        loss = slot.model(**slot._collate(first_examples(slot)).inputs).loss
+    sides = {name.split(".")[0] for name in acts}
+    for side in sides:
+        mine = [soft_density(act) for name, (act,) in acts.items() if name.startswith(side)]
+        loss = loss + 20.0 * sum(mine) / len(mine)
+    want = gradient_of(slot, loss)
+    positions = 40 + (5 if kind == "prompt" else 0)
+    assert all(act.numel() == 6 * positions * act.shape[-1] for name, (act,) in acts.items() if name[:7] == "encoder")
+    slot.step()
+    assert worst(taken_gradient(slot), want) < 3e-5
+
+
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_the_fused_block_trains_as_stock_with_the_tanh_gelu(
     trial: Trial, open_slot: Any, base_of: Any, alpha: float

@@ -1,0 +1,54 @@
+"""What docs/method.md calls the default is the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deft_ray.spec.catalog import PUBLISHED_ADAPTERS
+from deft_ray.spec.loading import check_tree
+from deft_ray.spec.schema import SweepSpec
+
+ROOT = Path(__file__).parents[2]
+ROWS = {
+    row.split("|")[1].strip(): row.split("|")[4].strip()
+    for row in (ROOT / "docs" / "method.md").read_text().splitlines()
+    if row.startswith("| ")
+}
+
+
+def defaults() -> SweepSpec:
+    spec, faults = check_tree({"name": "s", "data": {"tasks": ["nano-sentiment"]}, "train": {"steps": 1}})
+    assert spec is not None, faults
+    return spec
+
+
+def test_the_defaults_are_those_of_the_schema() -> None:
+    deft, train, data = defaults().deft, defaults().train, defaults().data
+    assert ROWS["ε of l0"].startswith("1e-7;")
+    assert deft.epsilon == 1e-7
+    assert ROWS["approximation"].startswith("as the paper (`auto`)")
+    assert deft.approximation == "auto"
+    assert ROWS["padding in loss and density"].startswith("not counted")
+    assert not deft.count_padding
+    assert ROWS["encoder and decoder"].startswith("`deft.alpha` for both")
+    assert deft.alpha_decoder is None
+    assert ROWS["warm-up, weight decay, clipping"].startswith("6 %, 0, at 1;")
+    assert (train.warmup_share, train.weight_decay, train.max_grad_norm) == (0.06, 0.0, 1.0)
+    assert ROWS["length of a batch's rows"].startswith("of like length together, to the longest;")
+    assert (data.padding, data.grouping) == ("longest", "length")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "search_spaces" / "paper").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_published_settings_have_what_the_page_says_of_them(file: Path) -> None:
+    spec = yaml.safe_load(file.read_text())
+    assert spec["search"]["seeds"] == [42, 43, 44]
+    assert spec["deft"]["count_padding"] is True or spec["model"]["family"] == "vit"
+
+
+def test_as_many_shares_are_met_as_the_page_says() -> None:
+    met = [row for row in PUBLISHED_ADAPTERS if row.met in ("truncated", "rounded")]
+    assert (len(met), len(PUBLISHED_ADAPTERS)) == (15, 20)
+    assert "fifteen of twenty shares are met" in ROWS["ranks of LoRA"]
