@@ -91,10 +91,18 @@ def test_the_search_on_real_data_is_what_was_measured() -> None:
         assert all(point["seeds"] == found["front_seeds"] == 3 for point in found["front"])
         assert len(beside) == len(found["rivals"])
         for row, rival in zip(beside, found["rivals"], strict=True):
-            gain = [float(number) for number in re.findall(r"[+-][\d.]+", row[4])]
-            same = rival["same_tau"]
-            assert gain == pytest.approx([same["gain"], same["low"], same["high"]], abs=6e-5)
-            assert same["gain"] == pytest.approx(rival["score"] - same["score"], abs=1e-9)
+            for place, which in ((3, "same_tau"), (5, "no_denser"), (7, "recipe")):
+                other = rival[which]
+                if other is None:
+                    assert which == "no_denser", "every point has the same τ and the recipe beside it"
+                    assert row[place : place + 2] == ["none is as sparse", "–"]
+                    continue
+                said = [float(number) for number in re.findall(r"[\d.]+", row[place])]
+                assert said[:2] == pytest.approx([other["score"], other["density"]], abs=6e-5)
+                gain = [float(number) for number in re.findall(r"[+-][\d.]+", row[place + 1])]
+                assert gain == pytest.approx([other["gain"], other["low"], other["high"]], abs=6e-5)
+                assert other["gain"] == pytest.approx(rival["score"] - other["score"], abs=1e-9)
+                assert other["seeds"] == found["front_seeds"]
         surely = sum(rival["same_tau"]["low"] > 0 for rival in found["rivals"])
         assert f"{surely} of {len(beside)} gain more than nothing" in part
 
