@@ -79,7 +79,8 @@ def _fixed_inputs(model: Any) -> dict[str, Tensor]:
     """Eight tokens, or a picture of rising brightness."""
     config = model.config
     if model.main_input_name == "pixel_values":
-        shape = (1, config.num_channels, config.image_size, config.image_size)
+        size = config.image_size
+        shape = (1, config.num_channels, *(size if isinstance(size, list | tuple) else (size, size)))
         values = torch.linspace(-1, 1, shape[1] * shape[2] * shape[3]).reshape(shape)
         return {"pixel_values": values.to(model.device, model.dtype)}
     ids = torch.arange(2, 10, device=model.device).unsqueeze(0) % config.vocab_size
