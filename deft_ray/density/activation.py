@@ -11,7 +11,7 @@ Shape suffixes: B batch, T tokens, F d_ff, N rows (B times T).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deft_ray.density.approximations import L1, Approximation, add_slope
+from deft_ray.density.rows import Rows
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +92,11 @@ class Injection:
     weight_N: Tensor  # noqa: N815
 
 
-#: Called with each activation (..., d_ff); returns what to inject, or None.
-Observe = Callable[[Tensor], Injection | None]
+#: What to inject into the rows of a pass, which follow on each other; empty for nothing at all.
+Injections = Sequence[tuple[Rows, Injection | None]]
+
+#: Called with each activation (..., d_ff); returns what to inject.
+Observe = Callable[[Tensor], Injections]
 
 
 class MlpActivation(nn.Module):
@@ -118,10 +122,10 @@ class MlpActivation(nn.Module):
         """Return the activation of ``pre_BTF``."""
         if self.formula is None:
             kept_BTF = self._cut(self.stock(pre_BTF))
-            injection = self.observe(kept_BTF)
-            if injection is None or not kept_BTF.requires_grad:
+            injections = self.observe(kept_BTF)
+            if not injections or not kept_BTF.requires_grad:
                 return kept_BTF
-            after: Tensor = _InjectAfter.apply(kept_BTF, injection)
+            after: Tensor = _InjectAfter.apply(kept_BTF, injections)
             return after
         if _needs_gradient(pre_BTF):
             assert self.tau == 0.0, "a threshold is for evaluation"
@@ -173,17 +177,33 @@ def _kernel_for(tensor: Tensor) -> ModuleType | None:
 
 
 def _backward(
-    grad: Tensor, pre: Tensor, linear: Tensor | None, formula: Formula | None, injection: Injection | None
+    grad: Tensor, pre: Tensor, linear: Tensor | None, formula: Formula | None, injections: Injections
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients at ``pre`` and, of a gated block, at ``linear``; on a GPU with a loss in one kernel.
+    """Return the gradients at ``pre`` and, of a gated block, at ``linear``.
 
     Args:
         grad: Gradient at the activation, or at its product with ``linear``.
         pre: Input of the activation.
         linear: What the activation is multiplied with; None without a gate.
         formula: The activation; None where ``pre`` is the activation itself.
-        injection: The density loss; None without.
+        injections: The density losses; empty without.
     """
+    if len(injections) <= 1:
+        return _backward_of_rows(grad, pre, linear, formula, injections[0][1] if injections else None)
+    parts = [
+        _backward_of_rows(
+            rows.cut(grad), rows.cut(pre), None if linear is None else rows.cut(linear), formula, injection
+        )
+        for rows, injection in injections
+    ]
+    linears = [part for _, part in parts if part is not None]
+    return torch.cat([part for part, _ in parts]), torch.cat(linears) if linears else None
+
+
+def _backward_of_rows(
+    grad: Tensor, pre: Tensor, linear: Tensor | None, formula: Formula | None, injection: Injection | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same for the rows of one density loss, or of none; on a GPU with a loss in one kernel."""
     if injection is not None and (kernel := _kernel_for(grad)) is not None:
         name = "identity" if formula is None else formula.name
         gradients: tuple[Tensor, Tensor | None] = kernel.backward(
@@ -207,15 +227,15 @@ class _InjectAfter(torch.autograd.Function):
     """Identity behind an activation whose output is kept anyway (by ReLU, or by a gate's product)."""
 
     @staticmethod
-    def forward(ctx: Any, act: Tensor, injection: Injection) -> Tensor:
+    def forward(ctx: Any, act: Tensor, injections: Injections) -> Tensor:
         ctx.save_for_backward(act)
-        ctx.injection = injection
+        ctx.injections = injections
         return act.view_as(act)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (act,) = ctx.saved_tensors
-        return _backward(grads[0], act, None, None, ctx.injection)[0], None
+        return _backward(grads[0], act, None, None, ctx.injections)[0], None
 
 
 class _Activate(torch.autograd.Function):
@@ -225,13 +245,13 @@ class _Activate(torch.autograd.Function):
     def forward(ctx: Any, pre: Tensor, observe: Observe, formula: Formula) -> Tensor:
         act = formula.forward(pre)
         ctx.save_for_backward(pre)
-        ctx.injection, ctx.formula = observe(act), formula
+        ctx.injections, ctx.formula = observe(act), formula
         return act
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (pre,) = ctx.saved_tensors
-        return _backward(grads[0], pre, None, ctx.formula, ctx.injection)[0], None, None
+        return _backward(grads[0], pre, None, ctx.formula, ctx.injections)[0], None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -241,10 +261,10 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, pre: Tensor, linear: Tensor, observe: Observe, formula: Formula) -> Tensor:
         act = formula.forward(pre)
         ctx.save_for_backward(pre, linear)
-        ctx.injection, ctx.formula = observe(act), formula
+        ctx.injections, ctx.formula = observe(act), formula
         return act * linear
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         pre, linear = ctx.saved_tensors
-        return *_backward(grads[0], pre, linear, ctx.formula, ctx.injection), None, None
+        return *_backward(grads[0], pre, linear, ctx.formula, ctx.injections), None, None

@@ -13,17 +13,18 @@ Shape suffixes: B batch, T tokens, F d_ff, N rows (B times T).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from deft_ray.density.activation import Injection, MlpActivation
+from deft_ray.density.activation import Injection, Injections, MlpActivation
 from deft_ray.density.approximations import Approximation
 from deft_ray.density.counts import Counter, require_rows
+from deft_ray.density.rows import Rows
 from deft_ray.density.scales import LayerScales
 from deft_ray.density.sites import SIDES, Site
 
@@ -37,12 +38,16 @@ class Penalty:
         weights: Weight of the gradient by side: α, times what this pass is of a step over ranks and micro-batches.
         masks: (B, T) by side, 1 at the tokens that count.
         measure: Whether to compute the smooth density too, for reports.
+        scales: Layer scales of ADA-DEFT, already on the model; None without.
+        rows: Whose rows of the pass these are; masks and densities are of them alone.
     """
 
     approximation: Approximation
     weights: Mapping[str, float]
     masks: Mapping[str, Tensor]
     measure: bool = False
+    scales: LayerScales | None = None
+    rows: Rows = field(default_factory=Rows)
 
     def __post_init__(self) -> None:
         self._terms: dict[str, Tensor] = {}
@@ -64,19 +69,17 @@ class DensityProbe:
         sites: Every MLP block.
         fused: Compute a GELU that is composed of several operators as the one that it equals to rounding, and a gated
             block as one function that keeps two tensors; see :func:`~deft_ray.density.activation.formula_of`.
-        scales: Layer scales of ADA-DEFT, already on the model; None without.
 
     Attributes:
         names: Of the blocks.
         activation: Class name of the activation function that is computed, as exact zeros depend on it.
     """
 
-    def __init__(self, sites: list[Site], *, fused: bool = False, scales: LayerScales | None = None) -> None:
+    def __init__(self, sites: list[Site], *, fused: bool = False) -> None:
         self.names = [site.name for site in sites]
-        self._scales = scales
         self._layers = {side: sum(site.side == side for site in sites) for side in SIDES}
         self._counting: tuple[Counter, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
-        self._penalty: Penalty | None = None
+        self._penalties: Sequence[Penalty] = ()
         self._undo: list[Callable[[], None]] = []
         self._activations: list[MlpActivation] = []
         self.activation = ""
@@ -132,24 +135,30 @@ class DensityProbe:
                 activation.tau = 0.0
 
     @contextmanager
-    def penalising(self, penalty: Penalty) -> Iterator[None]:
-        """Add the density loss's gradient to the backward pass inside; holds for forward *and* backward."""
-        self._penalty = penalty
+    def penalising(self, *penalties: Penalty) -> Iterator[None]:
+        """Add density losses' gradients to the backward pass inside; holds for forward *and* backward.
+
+        Args:
+            penalties: Of every trial in the pass, in the order of their rows, which leave none out.
+        """
+        self._penalties = penalties
         try:
             yield
         finally:
-            self._penalty = None
+            self._penalties = ()
 
-    def _observe(self, index: int, site: Site, act: Tensor) -> Injection | None:
+    def _observe(self, index: int, site: Site, act: Tensor) -> Injections:
         if self._counting is not None:
             counts, masks, there = self._counting
             if site.side in masks:
                 counts.add(index, act, masks[site.side], there.get(site.side))
-        return None if self._penalty is None else self._injection(site, act, self._penalty)
+        found = [(penalty.rows, self._injection(site, penalty.rows.cut(act), penalty)) for penalty in self._penalties]
+        return found if any(injection is not None for _, injection in found) else ()
 
     def _injection(self, site: Site, act: Tensor, penalty: Penalty) -> Injection | None:
         weight = penalty.weights[site.side]
-        scaled = self._scales is not None and weight != 0.0
+        scales = penalty.scales
+        scaled = scales is not None and weight != 0.0
         if weight == 0.0 and not penalty.measure:
             return None
         mask_N = penalty.masks[site.side].reshape(-1).to(torch.float32)
@@ -159,14 +168,14 @@ class DensityProbe:
             with torch.no_grad():
                 value_N = penalty.approximation.value(act).sum(dim=-1).reshape(-1)
                 penalty._terms[site.name] = density = (value_N * mean_N).sum()
-                scale = 1.0 if self._scales is None else self._scales.value(site.name).squeeze()
+                scale = 1.0 if scales is None else scales.value(site.name).squeeze()
                 penalty._scaled[site.name] = density * scale
         if weight == 0.0:
             return None
         weight /= self._layers[site.side]
-        if self._scales is not None:
-            self._scales.charge(site.name, weight * density)
-            return Injection(penalty.approximation, mean_N * weight * self._scales.value(site.name))
+        if scales is not None:
+            scales.charge(site.name, weight * density)
+            return Injection(penalty.approximation, mean_N * weight * scales.value(site.name))
         return Injection(penalty.approximation, mean_N * weight)
 
 

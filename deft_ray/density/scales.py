@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deft_ray.density.rows import Rows
 from deft_ray.density.sites import Site
 
 
@@ -30,6 +31,9 @@ class LayerScales(nn.Module):
         init: Mean of λ at the start, in [0, 1].
         noise: Standard deviation of λ at the start; the draws are cut to [0, 1].
         device: Where the blocks compute.
+
+    Attributes:
+        rows: The rows of a pass that are scaled; None for no row.
 
     Raises:
         ValueError: If ``init`` is outside [0, 1] or ``noise`` negative.
@@ -45,6 +49,7 @@ class LayerScales(nn.Module):
         self._scales = nn.ParameterList([nn.Parameter(value.clone()) for value in values])
         self._by_name = {site.name: scale for site, scale in zip(sites, self._scales, strict=True)}
         self._charges: dict[str, Tensor] = {}
+        self.rows: Rows | None = Rows()
         self._handles = [
             site.block.get_submodule(site.output).register_forward_hook(self._hook(site.name)) for site in sites
         ]
@@ -78,11 +83,16 @@ class LayerScales(nn.Module):
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+            if self.rows is None:
+                return out
             scale: Tensor = self._by_name[name]
             slope = self._charges.pop(name, None)
             if slope is not None and torch.is_grad_enabled():
                 scale = _AddSlope.apply(scale, slope)
-            return out * scale.to(out.dtype)
+            if self.rows.are_all:
+                return out * scale.to(out.dtype)
+            mine = self.rows.of_size(len(out))
+            return torch.cat([out[: mine.start], out[mine] * scale.to(out.dtype), out[mine.stop :]])
 
         return hook
 

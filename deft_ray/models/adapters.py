@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ class Prompt:
 
 Adapter = Lora | Bottleneck | Prefix | Prompt
 
+#: Name of a base's first adapter, which is PEFT's own for it.
+FIRST = "default"
+
 
 def attach_adapter(
     base: Base,
@@ -82,6 +86,8 @@ def attach_adapter(
     outputs: int | None,
     source_tokens: int = 0,
     gradient_checkpointing: bool = False,
+    beside: PeftModel | None = None,
+    name: str = FIRST,
 ) -> PeftModel:
     """Attach an adapter, and a task head to a model with one stack; draws from torch's global random state.
 
@@ -92,9 +98,11 @@ def attach_adapter(
         source_tokens: Longest source that the model will be given; 0 where it does not matter.
         gradient_checkpointing: Recompute blocks in the backward pass; not with a prefix, which a block computed again
             would take in twice.
+        beside: The base's PEFT model, where the base has an adapter already, of the same kind.
+        name: Of the adapter, no other one's.
 
     Returns:
-        The PEFT model; only its adapter and head are trainable, in float32.
+        The PEFT model; only its adapters and heads are trainable, in float32.
 
     Raises:
         ValueError: If the adapter does not fit the base: a target names no module (PEFT alone would pass over it in
@@ -105,7 +113,13 @@ def attach_adapter(
     config = _peft_config(base, adapter)
     if outputs is not None:
         renew_head(base.model, base.family, outputs)
-    model: PeftModel = get_peft_model(base.model, config)
+    if beside is None:
+        model: PeftModel = get_peft_model(base.model, config, adapter_name=name)
+    else:
+        model = beside
+        model.add_adapter(name, config)
+    for _, parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(True)
     if gradient_checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})
         base.model.disable_input_require_grads()  # a hook for the reentrant kind, which nobody would take off again
@@ -198,33 +212,58 @@ def _positions(base: Base) -> int | None:
     return there
 
 
+def adapter_parameters(model: PeftModel, name: str) -> list[tuple[str, nn.Parameter]]:
+    """Return what one adapter trains, its head with it, each with its name in the model."""
+    return [(key, value) for key, value in model.named_parameters() if name in key.split(".")]
+
+
 def virtual_positions(model: PeftModel) -> int:
     """Return how many positions the adapter puts before the encoder's input: those of a prompt, else none."""
     config = model.active_peft_config
     return int(config.num_virtual_tokens) if isinstance(config, PromptTuningConfig) else 0
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+def load_adapter_weights(model: PeftModel, folder: Path, name: str = FIRST) -> None:
     """Give an attached adapter, and its head, the values of a saved one.
 
     Args:
         model: With the same kind and size of adapter as was saved.
         folder: As ``save_pretrained`` wrote it.
+        name: Of the adapter.
 
     Raises:
         ValueError: If the saved adapter lacks a value, or has one that this adapter has no place for.
     """
     saved = load_peft_weights(str(folder), device="cpu")
-    found: Any = set_peft_model_state_dict(model, saved)
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    found: Any = set_peft_model_state_dict(model, saved, adapter_name=name)
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
     strange = set(found.unexpected_keys) - wanted  # virtual tokens have their place under another name
     faults = [f"lacks {name}" for name in wanted - saved.keys()] + [f"has {name} too" for name in strange]
     if faults:
         raise ValueError(f"{folder}: is no adapter of this kind: {', '.join(sorted(faults)[:5])}")
 
 
-def detach_adapter(model: PeftModel) -> None:
-    """Give the base its own modules back."""
+def save_adapter(model: PeftModel, folder: Path, name: str = FIRST) -> None:
+    """Write one adapter, and its head, as PEFT writes a model's only one."""
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    inside = folder / name  # where PEFT puts all but the first
+    for file in list(inside.iterdir()) if name != FIRST else ():
+        file.rename(folder / file.name)
+    if name != FIRST:
+        inside.rmdir()
+
+
+def detach_adapter(model: PeftModel, name: str = FIRST) -> None:
+    """Take an adapter off; with the last one the base has its own modules back."""
+    others = [other for other in model.peft_config if other != name]
+    if others:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that another one is active now, which says nothing here
+            model.delete_adapter(name)
+        for other in others:
+            for _, parameter in adapter_parameters(model, other):
+                parameter.requires_grad_(True)
+        return
     base: Any = model.get_base_model()
     for name, module in list(base.named_children()):
         if isinstance(module, ModulesToSaveWrapper):  # unload() would leave the trained head, or know nothing of it
@@ -238,24 +277,26 @@ def detach_adapter(model: PeftModel) -> None:
     base.requires_grad_(False)
 
 
-def trainable_share(model: PeftModel) -> float:
-    """Trainable parameters over all parameters.
+def trainable_share(model: PeftModel, name: str = FIRST) -> float:
+    """Trainable parameters over all parameters, as if the model had this adapter alone.
 
     4-bit weights count as the parameters that they hold. PEFT keeps a frozen copy of an encoder's head beside the one
     that it trains; the copy is no part of the model and does not count.
     """
-    copies = {
+    mine = {id(parameter) for _, parameter in adapter_parameters(model, name)}
+    not_mine = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, ModulesToSaveWrapper)
-        for parameter in module.original_module.parameters()
-    }
-    counts = [
-        (_held_parameters(parameter), parameter.requires_grad)
-        for parameter in model.parameters()
-        if id(parameter) not in copies
-    ]
-    return sum(count for count, trains in counts if trains) / sum(count for count, _ in counts)
+        for parameter in module.parameters()
+    } | {id(parameter) for other in model.peft_config for _, parameter in adapter_parameters(model, other)}
+    trained = rest = 0
+    for parameter in model.parameters():
+        if id(parameter) in mine:
+            trained += _held_parameters(parameter)
+        elif id(parameter) not in not_mine:
+            rest += _held_parameters(parameter)
+    return trained / (trained + rest)
 
 
 def _held_parameters(parameter: nn.Parameter) -> int:

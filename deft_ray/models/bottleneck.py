@@ -55,6 +55,7 @@ def hidden_units(d_model: int, reduction_factor: int) -> int:
 
 def output_width(layer: nn.Module) -> int:
     """Return how many features a linear layer gives out; GPT-2's ``Conv1D`` calls them ``nf``."""
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     width = getattr(layer, "out_features", None)
     return int(layer.nf if width is None else width)  # type: ignore[arg-type]
 
@@ -117,9 +118,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             return hidden
         for name in self.active_adapters:
             if name in self.bottleneck_down:
-                inside = torch.relu(self.bottleneck_down[name](hidden.float()))
-                hidden = hidden + self.bottleneck_up[name](inside).to(hidden.dtype)
+                hidden = self.added(name, hidden)
         return hidden
+
+    def added(self, name: str, hidden: Tensor) -> Tensor:
+        """Return the layer's output with what one adapter adds to it."""
+        inside = torch.relu(self.bottleneck_down[name](hidden.float()))
+        return hidden + self.bottleneck_up[name](inside).to(hidden.dtype)
 
 
 class BottleneckModel(BaseTuner):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ReLUSquaredActivation
@@ -149,7 +150,11 @@ def renew_head(model: Any, family: Family, outputs: int) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     head.register_forward_pre_hook(_to_float32)
-    setattr(model, family.head, head.to(device=old.device, dtype=torch.float32))
+    head.to(device=old.device, dtype=torch.float32)
+    if isinstance(there := getattr(model, family.head), ModulesToSaveWrapper):
+        there.original_module = head  # another adapter's head lies beside it
+    else:
+        setattr(model, family.head, head)
 
 
 def _linear_head(config: Any, family: Family, outputs: int) -> nn.Linear:

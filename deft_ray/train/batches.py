@@ -6,11 +6,12 @@ Shape suffixes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deft_ray.density.masks import with_virtual_positions
 from deft_ray.tasks.encoding import Example
@@ -85,6 +86,11 @@ class Batch:
     masks: dict[str, Tensor]
     tokens: dict[str, int]
     items: int
+
+    @property
+    def rows(self) -> int:
+        """Examples."""
+        return len(next(iter(self.inputs.values())))
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, length: int | None = None, *, left: bool = False) -> Tensor:
@@ -190,6 +196,48 @@ def training_batch(
     )
     items = sizes.pop("items")
     return Batch(inputs, masks, sizes, items)
+
+
+#: What a position is filled up with, by the tensor's name; 0 elsewhere, in masks too.
+_FILL = {"labels": IGNORED}
+
+
+def padded_alike(batches: Sequence[Batch], side: str, pad_id: int) -> list[Batch]:
+    """Pad batches to the longest of them, so that they can lie one behind the other.
+
+    Args:
+        batches: Of the same kind.
+        side: The stack that reads the source: a decoder's is padded left.
+        pad_id: Padding token.
+    """
+    inputs = [_alike(parts, name, side, pad_id) for name, parts in _by_name([batch.inputs for batch in batches])]
+    masks = [_alike(parts, name, side, 0) for name, parts in _by_name([batch.masks for batch in batches])]
+    names, sides = list(batches[0].inputs), list(batches[0].masks)
+    return [
+        replace(
+            batch,
+            inputs={name: parts[place] for name, parts in zip(names, inputs, strict=True)},
+            masks={name: parts[place] for name, parts in zip(sides, masks, strict=True)},
+        )
+        for place, batch in enumerate(batches)
+    ]
+
+
+def _by_name(tensors: Sequence[dict[str, Tensor]]) -> list[tuple[str, list[Tensor]]]:
+    return [(name, [mine[name] for mine in tensors]) for name in tensors[0]]
+
+
+def _alike(parts: list[Tensor], name: str, side: str, pad_id: int) -> list[Tensor]:
+    """Pad (B, T) tensors to one T; leave others, as classes and images, as they are."""
+    if any(part.dim() != 2 for part in parts):
+        return parts
+    width = max(part.shape[1] for part in parts)
+    left = side == "decoder" and name not in ("labels",)
+    fill = pad_id if name == "input_ids" else _FILL.get(name, 0)
+    return [
+        functional.pad(part, (width - part.shape[1], 0) if left else (0, width - part.shape[1]), value=fill)
+        for part in parts
+    ]
 
 
 def batch_sizes(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deft_ray.density.scales import LayerScales
 
@@ -23,34 +23,29 @@ _SILENT = 10**9
 class SlotModule(nn.Module):
     """What DeepSpeed takes for the whole model: the trainable parameters of a slot.
 
-    They are registered here and not in a module below: ZeRO-3 gathers a module's own parameters before its forward pass
-    and before its backward pass, and this is the only module whose passes DeepSpeed sees.
+    The pass that finds their gradients is shared by several slots, so DeepSpeed does not see it. What it sees is the
+    pass of a stand-in with the same gradients: the sum of each parameter times its gradient.
 
     Args:
-        model: The PEFT model; called in ``forward``, kept out of the module tree.
+        trainable: The adapter's and the head's parameters.
         scales: Layer scales of ADA-DEFT, or None.
         scales_learning_rate: Their peak learning rate.
     """
 
-    def __init__(self, model: nn.Module, scales: LayerScales | None = None, scales_learning_rate: float = 0.0) -> None:
+    def __init__(
+        self, trainable: Sequence[nn.Parameter], scales: LayerScales | None = None, scales_learning_rate: float = 0.0
+    ) -> None:
         super().__init__()
-        self._hidden, self.scales_learning_rate = (model,), scales_learning_rate
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.names = [name for name, _ in named]
-        self.trainable = tuple(parameter for _, parameter in named)
+        self.scales_learning_rate = scales_learning_rate
+        self.trainable = tuple(trainable)
         self.scales = tuple(scales.parameters()) if scales is not None else ()
         for index, parameter in enumerate((*self.trainable, *self.scales)):
             self.register_parameter(f"parameter_{index}", parameter)
 
-    def forward(self, **batch: Any) -> Any:
-        """Call the PEFT model."""
-        return self._hidden[0](**batch)
-
-    def train(self, mode: bool = True) -> SlotModule:
-        """Set dropout on or off in the hidden model too."""
-        self._hidden[0].train(mode)
-        super().train(mode)
-        return self
+    def forward(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return a sum whose gradients these are, in the order of :meth:`parameters`; None for one without."""
+        mine = zip((*self.trainable, *self.scales), gradients, strict=True)
+        return torch.stack([(parameter * gradient).sum() for parameter, gradient in mine if gradient is not None]).sum()
 
 
 def build_engine(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from deft_ray.density.approximations import Approximation, build_approximation
-from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.density.probe import Penalty
 from deft_ray.density.scales import LayerScales
 from deft_ray.density.schedules import alpha_share, epsilon_at
 from deft_ray.models.adapters import (
@@ -27,9 +27,8 @@ from deft_ray.models.adapters import (
     Lora,
     Prefix,
     Prompt,
-    attach_adapter,
-    detach_adapter,
     load_adapter_weights,
+    save_adapter,
     trainable_share,
     virtual_positions,
 )
@@ -40,6 +39,7 @@ from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.evaluation import Evaluation, Evaluator
+from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.ranks import Ranks
 
 #: Layer scales beside a saved adapter: λ by layer.
@@ -63,6 +63,49 @@ class StepResult:
     learning_rate: float
 
 
+@dataclass
+class _Step:
+    """A step under way.
+
+    Args:
+        measure: Whether the smooth density is computed.
+        rate: Learning rate.
+        alpha: Weight of the density loss by side.
+        approximation: Smooth indicator.
+        parts: This rank's micro-batches.
+        whole: Tokens that count by side, and items of the task loss, over all ranks.
+    """
+
+    measure: bool
+    rate: float
+    alpha: dict[str, float]
+    approximation: Approximation
+    parts: list[list[Example]]
+    whole: dict[str, int]
+    done: int = 0
+    task_loss: float = 0.0
+    density_loss: float = 0.0
+    penalty: float = 0.0
+    under_way: tuple[Penalty, dict[str, float], float] | None = None
+
+
+def step_together(slots: Sequence[tuple[Slot, bool]]) -> list[StepResult | None]:
+    """Pass the next micro-batch of every slot through the model, together.
+
+    Args:
+        slots: Of one pack, each with whether to measure if it begins a step.
+
+    Returns:
+        What a slot's step left, where it has ended with this micro-batch; else None.
+    """
+    with ExitStack() as stack:
+        for slot, _ in slots:
+            stack.enter_context(slot.whole())
+        shares = [slot.share(measure) for slot, measure in slots]
+        found = slots[0][0].pack.run(shares)
+    return [slot.take(mine) for (slot, _), mine in zip(slots, found, strict=True)]
+
+
 class Slot:
     """One trial in training.
 
@@ -72,13 +115,22 @@ class Slot:
         data: The trial's task in tokens.
         ranks: The host's workers; all of them build the same slot.
         start: Folder of a saved adapter to train on, where the trial starts from one.
+        pack: The slots that share the base; one of its own if None.
     """
 
     def __init__(
-        self, trial: TrialSpec, base: Base, data: EncodedTask, ranks: Ranks, start: Path | None = None
+        self,
+        trial: TrialSpec,
+        base: Base,
+        data: EncodedTask,
+        ranks: Ranks,
+        start: Path | None = None,
+        pack: Pack | None = None,
     ) -> None:
+        self.pack = pack or Pack(base, fused=trial.model.activation == "fused")
         self.trial, self.base, self.data, self.ranks = trial, base, data, ranks
         self.steps = planned_steps(trial, len(data.train))
+        self._step: _Step | None = None
         self.done, self._before = 0, trial.steps_before or steps_of(trial.epochs_before, trial, len(data.train))
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
@@ -93,30 +145,27 @@ class Slot:
             self._undo = undo.pop_all()
         if not ranks.leads:
             seed_everything(trial.seed * 1_000_003 + ranks.rank)
-        self.engine.train()
+        self.model.train()
 
     def _build(self, undo: ExitStack, start: Path | None) -> None:
         """Put adapter, probe and engine on the base; whatever fails, ``undo`` takes off what is there."""
         train = self.trial.train
-        self.model = attach_adapter(
-            self.base,
+        self.seat = self.pack.take_seat(
             adapter_of(self.trial.adapter),
             outputs=None if self.base.family.text_to_text else self.data.outputs,
             source_tokens=self._source_tokens(),
             gradient_checkpointing=train.gradient_checkpointing,
         )
-        undo.callback(detach_adapter, self.model)
-        self.trainable_share = trainable_share(self.model)
-        self.scales = self._build_scales()
-        if self.scales is not None:
-            undo.callback(self.scales.remove)
+        undo.callback(self.pack.leave, self.seat)
+        assert self.pack.model is not None
+        self.model, self.probe = self.pack.model, self.pack.probe
+        self.trainable_share = trainable_share(self.model, self.seat.name)
+        self.scales = self.seat.scales = self._build_scales()
         if start is not None:
             self._take_over(start)
-        self.probe = DensityProbe(self.base.sites, fused=self.trial.model.activation == "fused", scales=self.scales)
-        undo.callback(self.probe.remove)
         self.activation = self.probe.activation
         self.engine = build_engine(
-            SlotModule(self.model, self.scales, self.trial.deft.lambda_learning_rate),
+            SlotModule(self.seat.trainable, self.scales, self.trial.deft.lambda_learning_rate),
             batch_size=train.batch_size,
             micro_batch_size=self.micro,
             accumulation=self.accumulation,
@@ -130,7 +179,7 @@ class Slot:
 
     def _take_over(self, start: Path) -> None:
         """Give adapter, head and layer scales the values of a saved adapter."""
-        load_adapter_weights(self.model, start)
+        load_adapter_weights(self.model, start, self.seat.name)
         scales = start / SCALES_FILE
         if self.scales is not None and scales.is_file():
             self.scales.set_values(json.loads(scales.read_text(encoding="utf-8")))
@@ -142,38 +191,64 @@ class Slot:
         return LayerScales(self.base.sites, init=deft.lambda_init, noise=deft.lambda_noise, device=self.ranks.device)
 
     def step(self, measure: bool = False) -> StepResult:
-        """Train one step: all micro-batches of this rank, one optimizer step.
+        """Train one step, alone: all micro-batches of this rank, one optimizer step.
 
         Args:
             measure: Whether to compute the smooth density, for a report.
         """
+        while True:
+            (result,) = step_together([(self, measure)])
+            if result is not None:
+                return result
+
+    def share(self, measure: bool) -> Share:
+        """Return what the slot brings into the next pass: its next micro-batch.
+
+        Args:
+            measure: Whether to compute the smooth density, for a report.
+        """
+        if self._step is None:
+            self._step = self._begin(measure)
+        step = self._step
+        batch = self._collate(step.parts[step.done])
+        shares = {side: tokens / step.whole[side] for side, tokens in batch.tokens.items()}
+        weights = {side: step.alpha[side] * share * self.ranks.world for side, share in shares.items()}
+        penalty = Penalty(step.approximation, weights, batch.masks, step.measure, self.scales)
+        item_share = batch.items / step.whole["items"]
+        step.under_way = penalty, shares, item_share
+        return Share(self.seat, batch, penalty, item_share * self.ranks.world)
+
+    def take(self, found: Found) -> StepResult | None:
+        """Take what a pass found; returns what the step left once all its micro-batches are through."""
+        step = self._step
+        assert step is not None
+        assert step.under_way is not None
+        loss = self.engine(found.gradients)
+        self.engine.backward(loss * self.accumulation)
+        self.engine.step()
+        penalty, shares, item_share = step.under_way
+        step.task_loss += found.loss * item_share
+        for side, share in shares.items():
+            if step.measure:
+                step.density_loss += (penalty.density(side) or 0.0) * share / len(shares)
+                step.penalty += (penalty.scaled_density(side) or 0.0) * share * step.alpha[side]
+        step.done += 1
+        if step.done < len(step.parts):
+            return None
+        self.done, self._step = self.done + 1, None
+        density, penalty_loss = (step.density_loss, step.penalty) if step.measure else (None, None)
+        return StepResult(step.task_loss, density, penalty_loss, step.rate)
+
+    def _begin(self, measure: bool) -> _Step:
         rate = self._learning_rate()
         set_learning_rate(self.engine, rate)
-        alpha, approximation = self._alpha(), self._approximation()
         examples = [self.data.train[index] for index in self._order.indices(self._before + self.done)]
-        whole = self._step_sizes(examples)
-        task_loss = density_loss = penalty_loss = 0.0
-        for part in self._parts(examples, self.ranks.rank):
-            batch = self._collate(part)
-            shares = {side: tokens / whole[side] for side, tokens in batch.tokens.items()}
-            weights = {side: alpha[side] * share * self.ranks.world for side, share in shares.items()}
-            penalty = Penalty(approximation, weights, batch.masks, measure)
-            item_share = batch.items / whole["items"]
-            with self.probe.penalising(penalty):
-                loss = self.engine(**batch.inputs).loss
-                self.engine.backward(loss * (item_share * self.ranks.world * self.accumulation))
-                self.engine.step()
-            task_loss += float(loss.detach()) * item_share
-            for side, share in shares.items():
-                if measure:
-                    density_loss += (penalty.density(side) or 0.0) * share / len(shares)
-                    penalty_loss += (penalty.scaled_density(side) or 0.0) * share * alpha[side]
-        self.done += 1
-        return StepResult(task_loss, density_loss if measure else None, penalty_loss if measure else None, rate)
+        parts = list(self._parts(examples, self.ranks.rank))
+        return _Step(measure, rate, self._alpha(), self._approximation(), parts, self._step_sizes(examples))
 
     def evaluate(self, taus: Sequence[float] = (), last: bool = False) -> Evaluation:
         """Evaluate on the validation split, over all ranks; arguments as of :meth:`Evaluator.evaluate`."""
-        with self.whole():
+        with self.whole(), self.pack.alone(self.seat):
             return self._evaluator().evaluate(taus, last)
 
     def _evaluator(self) -> Evaluator:
@@ -208,7 +283,7 @@ class Slot:
         Layer scales, which PEFT does not know, lie beside it in ``layer_scales.json``: λ by layer. On one worker,
         inside :meth:`whole`.
         """
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        save_adapter(self.model, folder, self.seat.name)
         if self.scales is not None:
             (folder / SCALES_FILE).write_text(json.dumps(self.lambdas(), indent=1), encoding="utf-8")
 

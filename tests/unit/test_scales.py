@@ -71,8 +71,8 @@ def test_gradients_in_lambda_and_weights_are_those_of_the_built_loss(seed: int, 
     scales = scales_of(ours)
 
     want, want_lambda = reference(twin(model), scales, inputs, weights, masks, approximation.kind)
-    probe = DensityProbe(ours.sites, fused=kind.fused, scales=scales)
-    with probe.penalising(Penalty(approximation, weights, masks)):
+    probe = DensityProbe(ours.sites, fused=kind.fused)
+    with probe.penalising(Penalty(approximation, weights, masks, scales=scales)):
         ours(*inputs).backward()
 
     got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None and "stock" not in name}
@@ -135,8 +135,8 @@ def test_a_frozen_block_still_tells_its_lambda_how_dense_it_is() -> None:
     inputs = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     masks = {"encoder": torch.ones(2, 3), "decoder": torch.ones(2, 5)}
     scales = scales_of(model, init=0.5, noise=0.0)
-    probe = DensityProbe(model.sites, scales=scales)
-    penalty = Penalty(WIDE, {"encoder": 1e6, "decoder": 1e6}, masks, measure=True)
+    probe = DensityProbe(model.sites)
+    penalty = Penalty(WIDE, {"encoder": 1e6, "decoder": 1e6}, masks, measure=True, scales=scales)
     with probe.penalising(penalty):
         model(*inputs).backward()
 

@@ -1,0 +1,220 @@
+"""A pack: the slots of one base, and the pass of the model that they share.
+
+Each slot brings a batch; the batches are padded to one length and laid one behind the other, and the base computes once
+for all of them. Every row goes through its own slot's adapter and head, is scaled by its own layer scales, and has its
+own slot's density loss. Each slot's task loss is of its own rows, so no gradient crosses.
+
+Shape suffixes: B batch, T tokens, V vocabulary or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.density.rows import Rows, rows_of
+from deft_ray.density.scales import LayerScales
+from deft_ray.models.adapters import FIRST, Adapter, adapter_parameters, attach_adapter, detach_adapter
+from deft_ray.models.base import Base
+from deft_ray.models.routing import Routing, remove_routing
+from deft_ray.train.batches import Batch, padded_alike
+
+
+@dataclass
+class Share:
+    """What one slot brings into a pass.
+
+    Args:
+        seat: The slot's place in the pack.
+        batch: Its rows.
+        penalty: Its density loss; its rows of the pass are filled in here.
+        scale: What its task loss counts in the gradient.
+    """
+
+    seat: Seat
+    batch: Batch
+    penalty: Penalty
+    scale: float
+
+
+@dataclass
+class Found:
+    """What a pass found for one slot.
+
+    Args:
+        loss: Its task loss.
+        gradients: Of its parameters, in their order; None for one that the pass did not use.
+    """
+
+    loss: float
+    gradients: list[Tensor | None]
+
+
+class Pack:
+    """The slots of one base.
+
+    Args:
+        base: Loaded base, without an adapter.
+        fused: See :class:`~deft_ray.density.probe.DensityProbe`.
+    """
+
+    def __init__(self, base: Base, *, fused: bool = False) -> None:
+        self.base, self.fused = base, fused
+        self.routing = Routing()
+        self.seats: list[Seat] = []
+        self.model: PeftModel | None = None
+        self._probe: DensityProbe | None = None
+
+    @property
+    def probe(self) -> DensityProbe:
+        """Counts and penalises activations; there while there is a slot."""
+        assert self._probe is not None
+        return self._probe
+
+    def take_seat(
+        self, adapter: Adapter, *, outputs: int | None, source_tokens: int, gradient_checkpointing: bool
+    ) -> Seat:
+        """Attach an adapter, and a head where there is one; draws from torch's global random state.
+
+        Args:
+            adapter: Which, of the same kind as those that are there.
+            outputs: Of the head; None for text-to-text models.
+            source_tokens: Longest source that it will be given.
+            gradient_checkpointing: Whether passes with it compute blocks again.
+
+        Raises:
+            ValueError: If the adapter does not fit the base, or cannot share it.
+        """
+        taken = {seat.name for seat in self.seats}
+        name = next(name for name in (FIRST, *(f"slot-{n}" for n in range(1, len(taken) + 1))) if name not in taken)
+        self.model = attach_adapter(
+            self.base,
+            adapter,
+            outputs=outputs,
+            source_tokens=source_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            beside=self.model,
+            name=name,
+        )
+        seat = Seat(self, name, adapter_parameters(self.model, name))
+        self.seats.append(seat)
+        self.routing.install(self.model)
+        if self._probe is None:
+            self._probe = DensityProbe(self.base.sites, fused=self.fused)
+        return seat
+
+    def leave(self, seat: Seat) -> None:
+        """Take a slot's adapter off; with the last one the base is as it was."""
+        assert self.model is not None
+        self.seats.remove(seat)
+        if seat.scales is not None:
+            seat.scales.remove()
+        if not self.seats:
+            self.probe.remove()
+            remove_routing(self.model)
+        detach_adapter(self.model, seat.name)
+        if not self.seats:
+            self.model, self._probe = None, None
+
+    def run(self, shares: Sequence[Share]) -> list[Found]:
+        """Compute the task loss and the gradient of every share, in one pass.
+
+        Args:
+            shares: At least one; of different seats.
+        """
+        assert self.model is not None
+        if len(shares) > 1:
+            batches = padded_alike([share.batch for share in shares], self.base.family.side, self.base.pad_id)
+            shares = [replace(share, batch=batch) for share, batch in zip(shares, batches, strict=True)]
+        rows = rows_of([share.batch.rows for share in shares])
+        penalties = [
+            replace_rows(share.penalty, mine, share.batch.masks) for share, mine in zip(shares, rows, strict=True)
+        ]
+        with ExitStack() as stack:
+            self._enter(stack, [share.seat for share in shares], rows)
+            stack.enter_context(self.probe.penalising(*penalties))
+            losses = self._losses(shares, rows)
+            total = torch.stack([loss * share.scale for loss, share in zip(losses, shares, strict=True)]).sum()
+            wanted = [parameter for share in shares for parameter in share.seat.parameters]
+            gradients = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+        return [
+            Found(float(loss.detach()), [next(gradients) for _ in share.seat.parameters])
+            for loss, share in zip(losses, shares, strict=True)
+        ]
+
+    @contextmanager
+    def alone(self, seat: Seat) -> Iterator[None]:
+        """Run passes of one slot inside, as for an evaluation."""
+        with ExitStack() as stack:
+            self._enter(stack, [seat], [Rows()])
+            yield
+
+    def _enter(self, stack: ExitStack, seats: Sequence[Seat], rows: Sequence[Rows]) -> None:
+        """Route rows to the adapters and layer scales of these seats."""
+        if len(self.seats) > 1:
+            routes = [(seat.name, mine) for seat, mine in zip(seats, rows, strict=True)]
+            stack.enter_context(self.routing.routing(*routes))
+        for seat in self.seats:
+            if seat.scales is not None:
+                mine = rows[seats.index(seat)] if seat in seats else None
+                stack.callback(setattr, seat.scales, "rows", seat.scales.rows)
+                seat.scales.rows = mine
+
+    def _losses(self, shares: Sequence[Share], rows: Sequence[Rows]) -> list[Tensor]:
+        """Task loss of every share: of a single one as the model itself computes it."""
+        model: Any = self.model
+        if len(shares) == 1:
+            return [model(**shares[0].batch.inputs).loss]
+        inputs = [dict(share.batch.inputs) for share in shares]
+        labels = [mine.pop("labels") for mine in inputs]
+        whole = {name: torch.cat([mine[name] for mine in inputs]) for name in inputs[0]}
+        if self.base.family.text_to_text:
+            base: Any = self.base.model
+            whole["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=torch.cat(labels))
+        logits = model(**whole).logits
+        return [task_loss(mine.cut(logits), label) for mine, label in zip(rows, labels, strict=True)]
+
+
+class Seat:
+    """A slot's place in a pack.
+
+    Args:
+        pack: The pack.
+        name: Of the slot's adapter.
+        named: What it trains, by its name in the model.
+    """
+
+    def __init__(self, pack: Pack, name: str, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.pack, self.name, self.trainable = pack, name, [parameter for _, parameter in named]
+        self.scales: LayerScales | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the slot trains, its layer scales last."""
+        return [*self.trainable, *(self.scales.parameters() if self.scales is not None else ())]
+
+
+def replace_rows(penalty: Penalty, rows: Rows, masks: dict[str, Tensor]) -> Penalty:
+    """Tell a density loss which rows of a pass it is about; the same object, as it is read afterwards."""
+    penalty.rows, penalty.masks = rows, masks
+    return penalty
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """What transformers' models compute from their labels: cross-entropy over tokens or classes, or squared error.
+
+    Args:
+        logits: (B, T, V) of a text-to-text model, else (B, V).
+        labels: (B, T) token ids, -100 where there is none; or (B,) classes, or values.
+    """
+    if labels.is_floating_point():
+        return functional.mse_loss(logits.squeeze(), labels.squeeze())
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
