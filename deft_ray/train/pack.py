@@ -22,7 +22,15 @@ from torch.nn import functional
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.density.rows import Rows, rows_of
 from deft_ray.density.scales import LayerScales
-from deft_ray.models.adapters import FIRST, Adapter, adapter_parameters, attach_adapter, detach_adapter
+from deft_ray.models.adapters import (
+    FIRST,
+    Adapter,
+    Prefix,
+    Prompt,
+    adapter_parameters,
+    attach_adapter,
+    detach_adapter,
+)
 from deft_ray.models.base import Base
 from deft_ray.models.routing import Routing, remove_routing
 from deft_ray.train.batches import Batch, padded_alike
@@ -93,6 +101,7 @@ class Pack:
         Raises:
             ValueError: If the adapter does not fit the base, or cannot share it.
         """
+        self._require_fit(adapter, outputs)
         taken = {seat.name for seat in self.seats}
         name = next(name for name in (FIRST, *(f"slot-{n}" for n in range(1, len(taken) + 1))) if name not in taken)
         self.model = attach_adapter(
@@ -104,12 +113,23 @@ class Pack:
             beside=self.model,
             name=name,
         )
-        seat = Seat(self, name, adapter_parameters(self.model, name))
+        seat = Seat(self, name, adapter, outputs, [parameter for _, parameter in adapter_parameters(self.model, name)])
         self.seats.append(seat)
         self.routing.install(self.model)
         if self._probe is None:
             self._probe = DensityProbe(self.base.sites, fused=self.fused)
         return seat
+
+    def _require_fit(self, adapter: Adapter, outputs: int | None) -> None:
+        """Refuse an adapter that cannot share the base with those that are there."""
+        for seat in self.seats:
+            if isinstance(adapter, Prefix | Prompt) or isinstance(seat.adapter, Prefix | Prompt):
+                raise ValueError("an adapter of virtual tokens cannot share a base: it changes what all rows attend to")
+            if type(adapter) is not type(seat.adapter):
+                kinds = " and ".join(type(each).__name__.lower() for each in (seat.adapter, adapter))
+                raise ValueError(f"adapters of two kinds cannot share a base: {kinds}")
+            if outputs != seat.outputs:
+                raise ValueError(f"heads of two shapes cannot share a base: {seat.outputs} and {outputs} outputs")
 
     def leave(self, seat: Seat) -> None:
         """Take a slot's adapter off; with the last one the base is as it was."""
@@ -135,12 +155,11 @@ class Pack:
             batches = padded_alike([share.batch for share in shares], self.base.family.side, self.base.pad_id)
             shares = [replace(share, batch=batch) for share, batch in zip(shares, batches, strict=True)]
         rows = rows_of([share.batch.rows for share in shares])
-        penalties = [
-            replace_rows(share.penalty, mine, share.batch.masks) for share, mine in zip(shares, rows, strict=True)
-        ]
+        for share, mine in zip(shares, rows, strict=True):
+            share.penalty.rows, share.penalty.masks = mine, share.batch.masks
         with ExitStack() as stack:
             self._enter(stack, [share.seat for share in shares], rows)
-            stack.enter_context(self.probe.penalising(*penalties))
+            stack.enter_context(self.probe.penalising(*(share.penalty for share in shares)))
             losses = self._losses(shares, rows)
             total = torch.stack([loss * share.scale for loss, share in zip(losses, shares, strict=True)]).sum()
             wanted = [parameter for share in shares for parameter in share.seat.parameters]
@@ -189,23 +208,22 @@ class Seat:
     Args:
         pack: The pack.
         name: Of the slot's adapter.
-        named: What it trains, by its name in the model.
+        adapter: The adapter.
+        outputs: Of its head; None for text-to-text models.
+        trainable: What adapter and head train.
     """
 
-    def __init__(self, pack: Pack, name: str, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-        self.pack, self.name, self.trainable = pack, name, [parameter for _, parameter in named]
+    def __init__(
+        self, pack: Pack, name: str, adapter: Adapter, outputs: int | None, trainable: Sequence[nn.Parameter]
+    ) -> None:
+        self.pack, self.name, self.adapter, self.outputs = pack, name, adapter, outputs
+        self.trainable = list(trainable)
         self.scales: LayerScales | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What the slot trains, its layer scales last."""
         return [*self.trainable, *(self.scales.parameters() if self.scales is not None else ())]
-
-
-def replace_rows(penalty: Penalty, rows: Rows, masks: dict[str, Tensor]) -> Penalty:
-    """Tell a density loss which rows of a pass it is about; the same object, as it is read afterwards."""
-    penalty.rows, penalty.masks = rows, masks
-    return penalty
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from deft_ray.train.host import load_task
 from deft_ray.train.pack import Pack
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot, step_together
-from tests.slots import worst
+from tests.slots import run, worst
 
 Trial = Callable[..., TrialSpec]
 
@@ -73,42 +74,175 @@ def together(specs: Sequence[TrialSpec], starts: Sequence[int], base: Base, rank
 
 
 def check_equal(got: Left, want: Left, rel: float) -> None:
+    """Compare what two runs of a trial left; AdamW makes whole steps of any rounding, so weights may be further off."""
     assert got.losses == pytest.approx(want.losses, rel=rel)
     assert got.adapter.keys() == want.adapter.keys()
-    assert worst(got.adapter, want.adapter) < 100 * rel, "AdamW turns roundings near zero into steps"
+    assert worst(got.adapter, want.adapter) < 100 * rel
     assert got.lambdas == pytest.approx(want.lambdas, abs=100 * rel)
-    assert got.found.scores == pytest.approx(want.found.scores, abs=0.02)
-    assert got.found.counts.density() == pytest.approx(want.found.counts.density(), rel=1e-3)
+    assert got.found.scores == pytest.approx(want.found.scores, abs=100 * rel)
+    assert got.found.counts.density() == pytest.approx(want.found.counts.density(), rel=10 * rel)
 
 
 #: Settings that differ in everything that slots may differ in.
 MIXED: list[dict[str, Any]] = [
     {"task": "mrpc", "deft__alpha": 0.0},
     {"task": "sst2", "deft__alpha": 3.0, "deft__epsilon": 1e-2, "adapter__r": 2, "seed": 1},
-    {"task": "mrpc", "deft__alpha": 1.0, "deft__approximation": "sigmoid", "adapter__target_modules": ["q", "v"]},
+    {
+        "task": "mrpc",
+        "deft__alpha": 1.0,
+        "deft__approximation": "sigmoid",
+        "deft__beta": 5.0,
+        "adapter__target_modules": ["q", "v"],
+    },
     {"task": "stsb", "deft__alpha": 2.0, "deft__adaptive": True, "deft__epsilon": 1e-3, "train__steps": 7},
     {"task": "squad", "deft__alpha": 1.0, "deft__approximation": "l1", "data__max_target_tokens": 4, "seed": 2},
-    {"task": "rte", "deft__alpha": 5.0, "deft__alpha_decoder": 0.5, "train__learning_rate": 3e-3, "adapter__r": 8},
-    {"task": "sst2", "deft__alpha": 1.0, "deft__count_padding": True, "train__micro_batch_size": 2, "seed": 3},
-    {"task": "qnli", "deft__alpha": 4.0, "deft__alpha_delay": 0.4, "train__max_grad_norm": 0.1, "train__batch_size": 3},
+    {
+        "task": "rte",
+        "deft__alpha": 5.0,
+        "deft__alpha_decoder": 0.5,
+        "deft__epsilon": 1e-2,
+        "train__learning_rate": 3e-3,
+        "adapter__r": 8,
+    },
+    {
+        "task": "sst2",
+        "deft__alpha": 1.0,
+        "deft__epsilon": 1e-2,
+        "deft__count_padding": True,
+        "train__micro_batch_size": 2,
+        "seed": 3,
+    },
+    {
+        "task": "qnli",
+        "deft__alpha": 4.0,
+        "deft__alpha_delay": 0.4,
+        "deft__epsilon": 1e-2,
+        "train__max_grad_norm": 0.1,
+        "train__batch_size": 3,
+    },
 ]
+#: Passes after which each of them comes.
 STARTS = [0, 0, 2, 1, 3, 0, 1, 5]
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_every_slot_of_a_pack_leaves_what_it_leaves_alone(
-    trial: Trial, base_of: Any, ranks: Ranks, count: int, quantization: str
-) -> None:
-    specs = [
-        trial("dry-t5", model__quantization=quantization, trial=f"t{place:04}", **leaves)
-        for place, leaves in enumerate(MIXED[:count])
-    ]
-    base = base_of(specs[0])
+def check_pack(specs: list[TrialSpec], base: Base, ranks: Ranks, rel: float) -> None:
+    """Train these alone and together, and compare; the base is left as it was."""
     names = [name for name, _ in base.model.named_modules()]
     want = [alone(spec, base, ranks) for spec in specs]
     got = together(specs, STARTS, base, ranks)
     for mine, other in zip(got, want, strict=True):
-        check_equal(mine, other, 1e-4)
+        check_equal(mine, other, rel)
     assert [name for name, _ in base.model.named_modules()] == names
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not any("forward" in vars(module) for module in base.model.modules())
+
+
+@pytest.fixture
+def double(base_of: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[TrialSpec], Base]]:
+    """Gives a base in float64, where nothing but a fault is left to see; one worker has nothing to reduce."""
+    opened: list[Base] = []
+
+    def get(spec: TrialSpec) -> Base:
+        opened.append(base_of(spec))
+        opened[0].model.double()
+        return opened[0]
+
+    deepspeed = importlib.import_module("deepspeed.runtime.engine")
+    monkeypatch.setattr(deepspeed.DeepSpeedEngine, "allreduce_gradients", lambda *_args, **_options: None)
+    yield get
+    opened[0].model.float()
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_every_slot_of_a_pack_leaves_what_it_leaves_alone(trial: Trial, double: Any, ranks: Ranks, count: int) -> None:
+    """To 1e-9 in float64; layer scales and their charges are float32."""
+    specs = [trial("dry-t5", trial=f"t{place:04}", **leaves) for place, leaves in enumerate(MIXED[:count])]
+    check_pack(specs, double(specs[0]), ranks, 1e-9 if count < 4 else 1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(("quantization", "dtype", "rel"), [("none", "float32", 1e-4), ("nf4", "float32", 1e-4)])
+def test_a_pack_of_eight_in_float32(
+    trial: Trial, base_of: Any, ranks: Ranks, quantization: str, dtype: str, rel: float, stage: int
+) -> None:
+    how = {"model__quantization": quantization, "model__dtype": dtype, "train__zero_stage": stage}
+    specs = [
+        trial("dry-t5", trial=f"t{place:04}", **{"train__learning_rate": 1e-3, **leaves, **how})
+        for place, leaves in enumerate(MIXED)
+    ]
+    check_pack(specs, base_of(specs[0]), ranks, rel)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+@pytest.mark.parametrize("model", ["dry-bert", "dry-roberta", "dry-opt", "dry-gpt2"])
+def test_slots_with_heads_of_one_shape_share_a_base(
+    trial: Trial, base_of: Any, ranks: Ranks, model: str, kind: str
+) -> None:
+    how = {"train__learning_rate": 1e-3, "deft__epsilon": 1e-2, "deft__approximation": "l0", "adapter__kind": kind}
+    if kind == "bottleneck":
+        how |= {"adapter__reduction_factor": 8}
+    specs = [
+        trial(model, task, trial=f"t{place:04}", seed=place, deft__alpha=float(place), **how)
+        for place, task in enumerate(("sst2", "mrpc", "rte"))
+    ]
+    check_pack(specs, base_of(specs[0]), ranks, 1e-4)
+
+
+def test_images_share_a_base(trial: Trial, base_of: Any, ranks: Ranks) -> None:
+    how = {"train__learning_rate": 1e-3, "deft__epsilon": 1e-2}
+    specs = [
+        trial("dry-vit", "cifar10", trial=f"t{place:04}", seed=place, deft__alpha=place, **how) for place in (0, 1)
+    ]
+    check_pack(specs, base_of(specs[0]), ranks, 1e-4)
+
+
+def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: Any, ranks: Ranks) -> None:
+    """Bit for bit: with another's adapter of large numbers, or of none, a slot has the same loss and gradients."""
+    specs = [trial("dry-t5", "sst2", trial=f"t{place:04}", seed=place, deft__alpha=2.0) for place in (0, 1)]
+    base = base_of(specs[0])
+    pack = Pack(base)
+    slots = [Slot(spec, base, load_task(spec.task, spec.data, base), ranks, pack=pack) for spec in specs]
+    found = []
+    for value in (None, 100.0, float("nan")):
+        for parameter in slots[1].seat.trainable if value is not None else ():
+            parameter.data.fill_(value)
+        found.append(pack.run([slot.share(measure=False) for slot in slots]))
+    for other in found[1:]:
+        assert other[0].loss == found[0][0].loss
+        assert all(torch.equal(a, b) for a, b in zip(other[0].gradients, found[0][0].gradients, strict=True))
+    assert found[1][1].loss != found[0][1].loss
+    assert found[2][1].loss != found[2][1].loss
+    for slot in slots:
+        slot.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "leaves", "message"),
+    [
+        (
+            "dry-t5",
+            {"adapter__kind": "prompt", "adapter__virtual_tokens": 5},
+            "an adapter of virtual tokens cannot share",
+        ),
+        (
+            "dry-t5",
+            {"adapter__kind": "bottleneck", "adapter__reduction_factor": 8},
+            "two kinds .*: lora and bottleneck$",
+        ),
+        ("dry-bert", {"task": "mnli"}, "heads of two shapes cannot share a base: 2 and 3 outputs"),
+    ],
+)
+def test_what_cannot_share_a_base_is_refused_and_leaves_the_others_alone(
+    trial: Trial, base_of: Any, ranks: Ranks, model: str, leaves: dict[str, Any], message: str
+) -> None:
+    first = trial(model, "sst2")
+    base = base_of(first)
+    losses = alone(first, base, ranks).losses[:2]
+    pack = Pack(base)
+    slot = Slot(first, base, load_task("sst2", first.data, base), ranks, pack=pack)
+    second = trial(model, **{"task": "sst2", **leaves})
+    with pytest.raises(ValueError, match=message):
+        Slot(second, base, load_task(second.task, second.data, base), ranks, pack=pack)
+    assert run(slot, 2) == losses
+    assert [seat.name for seat in pack.seats] == ["default"]
+    slot.close()
