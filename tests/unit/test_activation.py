@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN, NewGELUActivation
 
-from deft_ray.density.activation import GELU, SILU, TANH_GELU, Formula, Injection, MlpActivation, formula_of
+from deft_ray.density.activation import GELU, SILU, TANH_GELU, Formula, Injection, Injections, MlpActivation, formula_of
 from deft_ray.density.approximations import L0
+from deft_ray.density.rows import Rows
 
 ROWS, D_FF = 6, 40
 ELEMENT = ROWS * D_FF
 
 
-def silent(_act: Tensor) -> None:
-    return None
+def silent(_act: Tensor) -> Injections:
+    return ()
 
 
-def injecting(_act: Tensor) -> Injection:
-    return Injection(L0(1e-3), torch.rand(ROWS))
+def injecting(_act: Tensor) -> Injections:
+    return [(Rows(), Injection(L0(1e-3), torch.rand(ROWS)))]
 
 
 def kept_bytes(forward: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> int:

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 from deft_ray.density import activation, kernel
 from deft_ray.density.activation import Injection
 from deft_ray.density.approximations import L0, L1, Approximation, Sigmoid, Tanh
+from deft_ray.density.rows import Rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -106,7 +107,7 @@ def test_the_activation_trains_the_same_with_the_kernel(
     found = []
     for used in (None, kernel):
         monkeypatch.setattr(activation, "_kernel_for", lambda _tensor, used=used: used)
-        block = activation.MlpActivation(stock, fused=True, observe=lambda _act: injection)
+        block = activation.MlpActivation(stock, fused=True, observe=lambda _act: [(Rows(), injection)])
         out = block.gate(pre, linear) if gated and block.formula is not None else block(pre) * linear
         found.append(torch.autograd.grad(out, (pre, linear), grad.detach()))
 
