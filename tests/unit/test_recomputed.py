@@ -59,7 +59,7 @@ WAYS: dict[str, Callable[[Slot], AbstractContextManager[None]]] = {
 
 
 def gradient_by_backward(slot: Slot) -> dict[str, Tensor]:
-    """Gradient of a step by ``backward()``: torch's reentrant kind takes nothing else, and a slot takes the other kind."""
+    """Gradient of a step by ``backward()``: the reentrant kind takes nothing else; a slot has the other kind."""
     for place in range(slot.accumulation):
         share = slot.share(measure=False)
         with slot.probe.penalising(share.penalty):
