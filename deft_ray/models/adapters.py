@@ -92,7 +92,7 @@ def attach_adapter(
     """Attach an adapter, and a task head to a model with one stack; draws from torch's global random state.
 
     Args:
-        base: The shared base, without an adapter.
+        base: The shared base, without an adapter but those of ``beside``.
         adapter: Which, and how large.
         outputs: Classes of the head (1 for a regression); None for text-to-text models.
         source_tokens: Longest source that the model will be given; 0 where it does not matter.
@@ -260,6 +260,7 @@ def detach_adapter(model: PeftModel, name: str = FIRST) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that another one is active now, which says nothing here
             model.delete_adapter(name)
+        model.set_adapter(others[0])  # PEFT may be left without an active one, where its first layer has none left
         for other in others:
             for _, parameter in adapter_parameters(model, other):
                 parameter.requires_grad_(True)

@@ -38,9 +38,14 @@ class Routing:
         """Route every layer that has an adapter, and the task head; again after each adapter that is added.
 
         Prefix and prompt tuning have no such layers: they are the only adapter of their base.
+
+        Raises:
+            ValueError: If one of several adapters is on an embedding.
         """
         for module in model.modules():
             if isinstance(module, LoraLayer):
+                if module.lora_embedding_A and len(model.peft_config) > 1:
+                    raise ValueError("adapter.target_modules: an adapter on an embedding cannot share a base")
                 vars(module)["forward"] = partial(self._layer, module, _lora)
             elif isinstance(module, BottleneckLayer):
                 vars(module)["forward"] = partial(self._layer, module, _bottleneck)

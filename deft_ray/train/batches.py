@@ -198,10 +198,6 @@ def training_batch(
     return Batch(inputs, masks, sizes, items)
 
 
-#: What a position is filled up with, by the tensor's name; 0 elsewhere, in masks too.
-_FILL = {"labels": IGNORED}
-
-
 def padded_alike(batches: Sequence[Batch], side: str, pad_id: int) -> list[Batch]:
     """Pad batches to the longest of them, so that they can lie one behind the other.
 
@@ -232,8 +228,8 @@ def _alike(parts: list[Tensor], name: str, side: str, pad_id: int) -> list[Tenso
     if any(part.dim() != 2 for part in parts):
         return parts
     width = max(part.shape[1] for part in parts)
-    left = side == "decoder" and name not in ("labels",)
-    fill = pad_id if name == "input_ids" else _FILL.get(name, 0)
+    left = side == "decoder"
+    fill = {"input_ids": pad_id, "labels": IGNORED}.get(name, 0)
     return [
         functional.pad(part, (width - part.shape[1], 0) if left else (0, width - part.shape[1]), value=fill)
         for part in parts

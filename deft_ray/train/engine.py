@@ -1,7 +1,7 @@
 """A DeepSpeed engine around one slot's trainable parameters, and nothing else.
 
-The engine sees the adapter and the head only. The frozen base is called, but not registered: DeepSpeed neither
-broadcasts nor casts nor saves it, so an engine costs what the adapter costs.
+The engine sees the adapter and the head only. DeepSpeed knows nothing of the frozen base, and neither broadcasts nor
+casts nor saves it, so an engine costs what the adapter costs.
 """
 
 from __future__ import annotations

@@ -58,11 +58,11 @@ class Found:
     """What a pass found for one slot.
 
     Args:
-        loss: Its task loss.
+        loss: Its task loss, without a gradient.
         gradients: Of its parameters, in their order; None for one that the pass did not use.
     """
 
-    loss: float
+    loss: Tensor
     gradients: list[Tensor | None]
 
 
@@ -96,7 +96,8 @@ class Pack:
             adapter: Which, of the same kind as those that are there.
             outputs: Of the head; None for text-to-text models.
             source_tokens: Longest source that it will be given.
-            gradient_checkpointing: Whether passes with it compute blocks again.
+            gradient_checkpointing: Whether passes compute blocks again; one slot's wish holds for all until the last
+                one has gone, and changes no number.
 
         Raises:
             ValueError: If the adapter does not fit the base, or cannot share it.
@@ -115,9 +116,13 @@ class Pack:
         )
         seat = Seat(self, name, adapter, outputs, [parameter for _, parameter in adapter_parameters(self.model, name)])
         self.seats.append(seat)
-        self.routing.install(self.model)
-        if self._probe is None:
-            self._probe = DensityProbe(self.base.sites, fused=self.fused)
+        try:
+            self.routing.install(self.model)
+            if self._probe is None:
+                self._probe = DensityProbe(self.base.sites, fused=self.fused)
+        except Exception:
+            self.leave(seat)
+            raise
         return seat
 
     def _require_fit(self, adapter: Adapter, outputs: int | None) -> None:
@@ -138,7 +143,8 @@ class Pack:
         if seat.scales is not None:
             seat.scales.remove()
         if not self.seats:
-            self.probe.remove()
+            if self._probe is not None:
+                self._probe.remove()
             remove_routing(self.model)
         detach_adapter(self.model, seat.name)
         if not self.seats:
@@ -165,7 +171,7 @@ class Pack:
             wanted = [parameter for share in shares for parameter in share.seat.parameters]
             gradients = iter(torch.autograd.grad(total, wanted, allow_unused=True))
         return [
-            Found(float(loss.detach()), [next(gradients) for _ in share.seat.parameters])
+            Found(loss.detach(), [next(gradients) for _ in share.seat.parameters])
             for loss, share in zip(losses, shares, strict=True)
         ]
 

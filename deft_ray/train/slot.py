@@ -1,7 +1,8 @@
 """A slot: the place on a host where one trial trains its own adapter on the shared frozen base.
 
 The trial's random state is torch's global one, seeded when the slot is built: first the head and the adapter are
-initialised, then dropout draws from the same stream on rank 0. So a trial with α = 0 is plain PEFT training.
+initialised, then dropout draws from the same stream on rank 0. So a trial with α = 0 is plain PEFT training. Slots of
+one pack share that stream once they are built.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class _Step:
         alpha: Weight of the density loss by side.
         approximation: Smooth indicator.
         parts: This rank's micro-batches.
-        whole: Tokens that count by side, and items of the task loss, over all ranks.
+        sizes: Tokens that count by side, and items of the task loss, over all ranks.
+        done: Micro-batches that are through.
+        task_loss: Of those, this rank's part of the whole; so are ``density_loss`` and ``penalty``.
+        under_way: Of the micro-batch in a pass: its density loss, what it is of the step's tokens, and of its items.
     """
 
     measure: bool
@@ -81,7 +85,7 @@ class _Step:
     alpha: dict[str, float]
     approximation: Approximation
     parts: list[list[Example]]
-    whole: dict[str, int]
+    sizes: dict[str, int]
     done: int = 0
     task_loss: float = 0.0
     density_loss: float = 0.0
@@ -97,6 +101,9 @@ def step_together(slots: Sequence[tuple[Slot, bool]]) -> list[StepResult | None]
 
     Returns:
         What a slot's step left, where it has ended with this micro-batch; else None.
+
+    Raises:
+        Exception: Of the pass, before any slot has stepped; or of a slot's own step, after those before it have.
     """
     with ExitStack() as stack:
         for slot, _ in slots:
@@ -111,7 +118,7 @@ class Slot:
 
     Args:
         trial: What to train.
-        base: The host's base, without an adapter.
+        base: The host's base, without an adapter but those of ``pack``.
         data: The trial's task in tokens.
         ranks: The host's workers; all of them build the same slot.
         start: Folder of a saved adapter to train on, where the trial starts from one.
@@ -127,7 +134,10 @@ class Slot:
         start: Path | None = None,
         pack: Pack | None = None,
     ) -> None:
-        self.pack = pack or Pack(base, fused=trial.model.activation == "fused")
+        fused = trial.model.activation == "fused"
+        self.pack = pack or Pack(base, fused=fused)
+        if self.pack.fused != fused:
+            raise ValueError(f"model.activation: {trial.model.activation!r} is not that of the slots beside it")
         self.trial, self.base, self.data, self.ranks = trial, base, data, ranks
         self.steps = planned_steps(trial, len(data.train))
         self._step: _Step | None = None
@@ -139,11 +149,14 @@ class Slot:
             [(e.source_tokens, len(e.target_ids)) for e in data.train] if trial.data.grouping == "length" else None
         )
         self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed, lengths)
+        before = _random_state() if self.pack.seats else None
         seed_everything(trial.seed)
         with ExitStack() as undo:
             self._build(undo, start)
             self._undo = undo.pop_all()
-        if not ranks.leads:
+        if before is not None:  # dropout goes on as it was for the slots that are there
+            _restore_random_state(before)
+        elif not ranks.leads:
             seed_everything(trial.seed * 1_000_003 + ranks.rank)
         self.model.train()
 
@@ -211,10 +224,10 @@ class Slot:
             self._step = self._begin(measure)
         step = self._step
         batch = self._collate(step.parts[step.done])
-        shares = {side: tokens / step.whole[side] for side, tokens in batch.tokens.items()}
+        shares = {side: tokens / step.sizes[side] for side, tokens in batch.tokens.items()}
         weights = {side: step.alpha[side] * share * self.ranks.world for side, share in shares.items()}
         penalty = Penalty(step.approximation, weights, batch.masks, step.measure, self.scales)
-        item_share = batch.items / step.whole["items"]
+        item_share = batch.items / step.sizes["items"]
         step.under_way = penalty, shares, item_share
         return Share(self.seat, batch, penalty, item_share * self.ranks.world)
 
@@ -227,7 +240,7 @@ class Slot:
         self.engine.backward(loss * self.accumulation)
         self.engine.step()
         penalty, shares, item_share = step.under_way
-        step.task_loss += found.loss * item_share
+        step.task_loss += float(found.loss) * item_share
         for side, share in shares.items():
             if step.measure:
                 step.density_loss += (penalty.density(side) or 0.0) * share / len(shares)

@@ -196,6 +196,47 @@ def test_images_share_a_base(trial: Trial, base_of: Any, ranks: Ranks) -> None:
     check_pack(specs, base_of(specs[0]), ranks, 1e-4)
 
 
+@pytest.mark.parametrize("targets", [["wi_0", "wo"], ["q"], "all-linear"])
+def test_a_slot_goes_on_when_the_one_that_came_first_has_left(
+    trial: Trial, double: Any, ranks: Ranks, targets: Any
+) -> None:
+    """Also where the base's first layers have no adapter then."""
+    first = trial("dry-t5", "sst2", deft__alpha=1.0, train__steps=2)
+    second = trial("dry-t5", "mrpc", trial="t0001", adapter__target_modules=targets, train__steps=5, deft__alpha=2.0)
+    check_pack([first, second], double(first), ranks, 1e-9)
+
+
+def test_another_slot_moves_no_dropout(trial: Trial, base_of: Any, ranks: Ranks) -> None:
+    """Building a slot draws from its own seed; those that are there go on with their stream."""
+    spec = trial("t5", "sst2", adapter__lora_dropout=0.1)
+    base, pack = base_of(spec), Pack(base_of(spec))
+    slot = Slot(spec, base, load_task("sst2", spec.data, base), ranks, pack=pack)
+    before = torch.get_rng_state()
+    other = Slot(spec, base, load_task("sst2", spec.data, base), ranks, pack=pack)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(slot.seat.trainable, other.seat.trainable, strict=True)), "one seed"
+    for each in (slot, other):
+        each.close()
+
+
+def test_a_seat_that_cannot_be_taken_leaves_no_trace(
+    trial: Trial, base_of: Any, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = trial("dry-t5", "sst2")
+    base = base_of(spec)
+    names = [name for name, _ in base.model.named_modules()]
+    with monkeypatch.context() as patch:
+        patch.setattr("deft_ray.train.pack.DensityProbe", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Slot(spec, base, load_task("sst2", spec.data, base), ranks)
+    assert [name for name, _ in base.model.named_modules()] == names
+    assert not any("forward" in vars(module) for module in base.model.modules())
+
+
+def out_of_memory(*_args: Any, **_options: Any) -> None:
+    raise RuntimeError("out of memory")
+
+
 def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: Any, ranks: Ranks) -> None:
     """Bit for bit: with another's adapter of large numbers, or of none, a slot has the same loss and gradients."""
     specs = [trial("dry-t5", "sst2", trial=f"t{place:04}", seed=place, deft__alpha=2.0) for place in (0, 1)]
@@ -229,6 +270,8 @@ def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: A
             {"adapter__kind": "bottleneck", "adapter__reduction_factor": 8},
             "two kinds .*: lora and bottleneck$",
         ),
+        ("dry-gpt2", {"adapter__target_modules": ["wte", "c_attn"]}, "an adapter on an embedding cannot share a base"),
+        ("dry-t5", {"model__activation": "fused"}, "model.activation: 'fused' is not that of the slots beside it"),
         ("dry-bert", {"task": "mnli"}, "heads of two shapes cannot share a base: 2 and 3 outputs"),
     ],
 )
