@@ -120,7 +120,7 @@ class Pack:
             self.routing.install(self.model)
             if self._probe is None:
                 self._probe = DensityProbe(self.base.sites, fused=self.fused)
-        except Exception:
+        except Exception:  # whatever it was: the base is given back before it goes on
             self.leave(seat)
             raise
         return seat
