@@ -27,10 +27,10 @@ from store import RESULTS, origin, store, summary
 from torch import Tensor
 
 from deft_ray.density.approximations import L0
-from deft_ray.density.counts import DensityCounts, StepCounts
+from deft_ray.density.counts import DensityCounts, StepCounts, WithFirst
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.models.families import FAMILIES, find_sites
-from deft_ray.models.halves import decode, encode, generate, new_cross
+from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
 
 EPSILON = 1e-3
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
@@ -255,16 +255,16 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
     def generation(counts: DensityCounts | None) -> None:
         with counted(counts, asked_masks):
             encoded = encode(model, asked)
-        cross = new_cross(model)
+        cache = new_cache(model)
         if counts is None:
-            generate(model, encoded, asked, length, cross)
+            generate(model, encoded, asked, length, cache)
             return
-        with counted(counts, masks):
-            decode(model, encoded.last_hidden_state, asked["attention_mask"], batch["labels"], cross)
-        steps = StepCounts()
-        with probe.counting(steps, masks):
-            tokens = generate(model, encoded, asked, length, cross)
-        steps.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=device))
+        written = StepCounts()
+        with probe.counting(WithFirst(counts, written), masks):
+            logits = decode(model, encoded.last_hidden_state, asked["attention_mask"], batch["labels"], cache)
+        with probe.counting(written, masks):
+            tokens = generate(model, encoded, asked, length, cache, first_tokens(model, logits, cache))
+        written.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=device))
 
     def with_counts(action: Callable[[DensityCounts | None], None]) -> None:
         counts = DensityCounts.empty(probe.names, device)

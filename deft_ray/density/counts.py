@@ -119,6 +119,24 @@ class DensityCounts:
         return int(totals[above]) / int(totals[below]) if totals[below] > 0 else None
 
 
+@dataclass(frozen=True)
+class WithFirst:
+    """Counts a pass over given answers, whose first position is the first of the answers that are written too.
+
+    Args:
+        given: Takes in all of it.
+        written: Takes in each row's first position.
+    """
+
+    given: DensityCounts
+    written: StepCounts
+
+    def add(self, index: int, act_BTF: Tensor, mask_BT: Tensor, there_BT: Tensor | None = None) -> None:
+        """Take in one layer's activations."""
+        self.given.add(index, act_BTF, mask_BT, there_BT)
+        self.written.add(index, act_BTF[:, :1], mask_BT)
+
+
 class StepCounts:
     """Counts of a generation, which runs token by token: which rows had ended is known only afterwards."""
 

@@ -9,12 +9,12 @@ Shape suffixes: B batch, T tokens, D d_model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from deft_ray.models.adapters import virtual_positions
@@ -42,16 +42,18 @@ def encode(model: PeftModel, source: Mapping[str, Tensor]) -> Any:
     )
 
 
-def new_cross(model: PeftModel) -> DynamicCache | None:
-    """Make room for the keys and values of one batch of sources, so that decoder passes over it compute them once.
+def new_cache(model: PeftModel) -> EncoderDecoderCache | None:
+    """Make room for what decoder passes over one batch of sources would find anew: their keys and values.
 
-    None with prefix tuning, which puts its own there.
+    It has those of the last pass's own tokens too. None with prefix tuning, which puts its own there.
     """
-    return None if isinstance(model.active_peft_config, PrefixTuningConfig) else DynamicCache()
+    if isinstance(model.active_peft_config, PrefixTuningConfig):
+        return None
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def decode(
-    model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Tensor, cross: DynamicCache | None = None
+    model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Tensor, cache: EncoderDecoderCache | None = None
 ) -> Tensor:
     """Run the decoder under teacher forcing.
 
@@ -60,7 +62,7 @@ def decode(
         encoded_BTD: What :func:`encode` found, one row per answer.
         mask_BT: The source's mask, without virtual positions.
         labels_BT: Answers; -100 where there is none.
-        cross: Of :func:`new_cross`: filled by the first pass over a batch, read by the others.
+        cache: Of :func:`new_cache`: filled by the first pass over a batch, read by the others.
 
     Returns:
         Logits, (B, T of the labels, vocabulary).
@@ -70,9 +72,39 @@ def decode(
         encoder_outputs=BaseModelOutput(encoded_BTD),
         attention_mask=mask_BT,
         labels=labels_BT,
-        **_cached(cross),
+        **_cached(cache, DynamicCache()),
     ).logits
     return logits
+
+
+def first_tokens(model: PeftModel, logits_BTV: Tensor, cache: EncoderDecoderCache | None) -> Tensor | None:
+    """Return the first token of each greedy answer, (B,), which a pass under teacher forcing has found by the way.
+
+    Args:
+        model: With any adapter.
+        logits_BTV: What :func:`decode` found with ``cache``.
+        cache: Of :func:`new_cache`.
+
+    Returns:
+        None if generation has to begin by itself: without a cache, or where the checkpoint's ``generation_config`` asks
+        for more than the likeliest token (a first token, penalties, several ends).
+    """
+    base: Any = model.get_base_model()
+    config: GenerationConfig = base.generation_config
+    plain = config.to_diff_dict().keys() <= _WITHOUT_EFFECT | {"eos_token_id", "pad_token_id", "decoder_start_token_id"}
+    known = isinstance(config.eos_token_id, int) and isinstance(config.pad_token_id, int)
+    alike = config.decoder_start_token_id == base.config.decoder_start_token_id
+    return logits_BTV[:, 0].argmax(dim=-1) if cache is not None and plain and known and alike else None
+
+
+#: Of ``generation_config``: without a say in a greedy answer, or given by :func:`generate`.
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states", "use_cache"),
+        *("max_length", "max_new_tokens", "do_sample", "num_beams", "early_stopping", "length_penalty"),
+        *("temperature", "top_k", "top_p", "bos_token_id"),
+    )
+)
 
 
 def generate(
@@ -80,7 +112,8 @@ def generate(
     encoded: Any,
     source: Mapping[str, Tensor],
     max_new_tokens: int,
-    cross: DynamicCache | None = None,
+    cache: EncoderDecoderCache | None = None,
+    first_B: Tensor | None = None,
 ) -> Tensor:
     """Answer greedily.
 
@@ -89,25 +122,50 @@ def generate(
         encoded: What :func:`encode` found.
         source: What it found it in.
         max_new_tokens: Longest answer.
-        cross: As of :func:`decode`.
+        cache: As of :func:`decode`.
+        first_B: Of :func:`first_tokens`, if the last pass with ``cache`` has found it: goes on from there.
 
     Returns:
-        Token ids, (B, T).
+        Token ids, (B, T), the decoder's start first.
     """
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
-    options |= _cached(cross)
+    base: Any = model.get_base_model()
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
     if isinstance(model.active_peft_config, PrefixTuningConfig):
-        tokens: Tensor = model.generate(**source, encoder_outputs=encoded, **options)
-    else:
-        base: Any = model.get_base_model()
-        mask_BT = _attended(model, source["attention_mask"])
-        tokens = base.generate(encoder_outputs=encoded, attention_mask=mask_BT, **options)
+        whole: Tensor = model.generate(**source, encoder_outputs=encoded, max_new_tokens=max_new_tokens, **options)
+        return whole
+    options |= {"encoder_outputs": encoded, "attention_mask": _attended(model, source["attention_mask"])}
+    if first_B is None:
+        tokens: Tensor = base.generate(**options | _cached(cache, DynamicCache()), max_new_tokens=max_new_tokens)
+        return tokens
+    assert cache is not None, "without a cache no pass has found a first token"
+    begun = torch.stack([torch.full_like(first_B, base.generation_config.decoder_start_token_id), first_B], dim=1)
+    ended_B1 = first_B.unsqueeze(1) == base.generation_config.eos_token_id
+    if max_new_tokens == 1 or ended_B1.all():
+        return begun
+    # with the mask, generation takes the tokens for all there are, and passes those beyond the cache
+    options |= {"decoder_input_ids": begun, "decoder_attention_mask": torch.ones_like(begun)}
+    options["max_new_tokens"] = max_new_tokens - 1
+    options |= _cached(cache, _start_of(cache.self_attention_cache))
+    options["stopping_criteria"] = [lambda *_: ended_B1.squeeze(1)]  # generation has seen no end of theirs
+    tokens = base.generate(**options)
+    tokens[:, 2:] = tokens[:, 2:].masked_fill(ended_B1, base.generation_config.pad_token_id)
     return tokens
 
 
-def _cached(cross: DynamicCache | None) -> dict[str, Any]:
-    """Options of a decoder that begins an answer to sources whose keys and values may be known."""
-    return {} if cross is None else {"past_key_values": EncoderDecoderCache(DynamicCache(), cross), "use_cache": True}
+def _cached(cache: EncoderDecoderCache | None, own: DynamicCache) -> dict[str, Any]:
+    """Options of a decoder that begins or goes on with an answer to sources whose keys and values may be known."""
+    if cache is None:
+        return {}
+    cache.self_attention_cache = own
+    return {"past_key_values": cache, "use_cache": True}
+
+
+def _start_of(cache: DynamicCache) -> DynamicCache:
+    """Keep the keys and values of the decoder's start alone, which are the same before any answer."""
+    start, layers = DynamicCache(), cast("list[Any]", cache.layers)
+    for index, layer in enumerate(layers):
+        start.update(layer.keys[:, :, :1], layer.values[:, :, :1], index)
+    return start
 
 
 def _attended(model: PeftModel, mask_BT: Tensor) -> Tensor:

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import EncoderDecoderCache
 
-from deft_ray.density.counts import DensityCounts, StepCounts
+from deft_ray.density.counts import DensityCounts, StepCounts, WithFirst
 from deft_ray.density.masks import with_virtual_positions
 from deft_ray.density.probe import DensityProbe
 from deft_ray.metrics import tau_key
 from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
-from deft_ray.models.halves import decode, encode, generate, new_cross
+from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
 from deft_ray.train.batches import IGNORED, pad, source_mask, source_tensors
@@ -226,32 +226,33 @@ class Evaluator:
     ) -> list[Prediction]:
         answers = [example.target_ids for example in examples]
         labels = pad(answers, IGNORED, self.target_length).to(self.ranks.device)
-        cross = new_cross(self.model)
-        with self.probe.counting(counts, {"decoder": (labels != IGNORED).long()}):
-            logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels, cross)
+        cache, written = new_cache(self.model), StepCounts()
+        with self.probe.counting(WithFirst(counts, written), {"decoder": (labels != IGNORED).long()}):
+            logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels, cache)
         if not logits.isfinite().all():
             return [math.nan] * len(examples)
-        steps = StepCounts()
-        with self.probe.counting(steps, {"decoder": labels}):
-            tokens = generate(self.model, encoded, source, self.max_new_tokens, cross)
+        first_B = first_tokens(self.model, logits, cache)
+        written = StepCounts() if first_B is None else written
+        with self.probe.counting(written, {"decoder": labels}):
+            tokens = generate(self.model, encoded, source, self.max_new_tokens, cache, first_B)
         lengths_B = written_lengths(tokens[:, 1:], self.base.tokenizer.eos_token_id)
-        generated += steps.total(lengths_B)
+        generated += written.total(lengths_B)
         texts = self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if all(example.windows == 1 for example in examples):
             return [Answer(text, 0.0) for text in texts]
-        sureness = self._sureness(tokens[:, 1:], lengths_B, source["attention_mask"], encoded, cross)
+        sureness = self._sureness(tokens[:, 1:], lengths_B, source["attention_mask"], encoded, cache)
         return [
             Answer(text, mean if text.strip() else -math.inf) if mean == mean else math.nan
             for text, mean in zip(texts, sureness, strict=True)
         ]
 
     def _sureness(
-        self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any, cross: DynamicCache | None
+        self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, encoded: Any, cache: EncoderDecoderCache | None
     ) -> list[float]:
         """Mean log-probability of the tokens that were written, the end of the sequence among them, for each row."""
         beyond_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= lengths_B.unsqueeze(1)
         labels = tokens_BT.masked_fill(beyond_BT, IGNORED)
-        logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels, cross)
+        logits = decode(self.model, encoded.last_hidden_state, mask_BT, labels, cache)
         return [float(mean) for mean in token_log_likelihood(logits, labels) / lengths_B]
 
 

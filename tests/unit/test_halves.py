@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deft_ray.models.adapters import Adapter, Bottleneck, Lora, Prefix, Prompt, attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
-from deft_ray.models.halves import decode, encode, generate, new_cross
+from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
 
 KINDS: dict[str, Adapter] = {
     "lora": Lora(4, 8.0, 0.0, "all-linear"),
@@ -95,14 +95,14 @@ def test_keys_and_values_of_the_source_are_computed_once(model: PeftModel) -> No
     passes = []
     layers = [layer for name, layer in model.named_modules() if name.endswith("EncDecAttention.k")]
     hooks = [layer.register_forward_hook(lambda *_: passes.append(1)) for layer in layers]
-    cross = new_cross(model)
-    got = [decode(model, hidden_BTD, MASK, LABELS, cross), generate(model, encoded, source(), 6, cross)]
-    got.append(decode(model, hidden_BTD, MASK, other, cross))
+    cache = new_cache(model)
+    got = [decode(model, hidden_BTD, MASK, LABELS, cache), generate(model, encoded, source(), 6, cache)]
+    got.append(decode(model, hidden_BTD, MASK, other, cache))
     for hook in hooks:
         hook.remove()
 
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
-    assert len(passes) == len(layers) * (1 if cross is not None else 3)
+    assert len(passes) == len(layers) * (1 if cache is not None else 3)
 
 
 @torch.no_grad()
@@ -124,3 +124,67 @@ def test_a_generated_answer_is_the_likeliest_under_teacher_forcing(base: Base, m
             assert float((best - written)[row, :length].max()) <= 0.03 * float(logits.abs().max())
             continue
         assert told[row, :length].tolist() == answer[:length]
+
+
+@torch.no_grad()
+def test_an_answer_goes_on_from_the_first_token_that_another_pass_has_found(model: PeftModel) -> None:
+    """Token for token what is written from the start, in one pass of the decoder less, for any longest answer."""
+    base, encoded = model.get_base_model(), encode(model, source())
+    passes: list[int] = []
+    hook = base.decoder.register_forward_hook(lambda *_: passes.append(1))
+    for longest in (1, 2, 6):
+        want = generate(model, encoded, source(), longest)
+        cache, alone = new_cache(model), len(passes)
+        first_B = first_tokens(model, decode(model, encoded.last_hidden_state, MASK, LABELS, cache), cache)
+        passes.clear()
+        got = generate(model, encoded, source(), longest, cache, first_B)
+
+        assert torch.equal(got, want)
+        assert (first_B is None) == (cache is None)
+        assert len(passes) == (alone if first_B is None else alone - 1) <= longest
+        passes.clear()
+    hook.remove()
+
+
+@pytest.mark.parametrize("ended", [1, 3])
+@torch.no_grad()
+def test_an_answer_that_ends_with_its_first_token_is_not_gone_on_with(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch, ended: int
+) -> None:
+    """What a row writes first is made the end of an answer; in a batch of it alone, nothing more is passed."""
+    base, asked = model.get_base_model(), {key: value[:ended] for key, value in source().items()}
+    encoded = encode(model, asked)
+    end = int(generate(model, encoded, asked, 1)[0, 1])
+    monkeypatch.setattr(base.generation_config, "eos_token_id", end)
+    want = generate(model, encoded, asked, 6)
+    cache = new_cache(model)
+    logits = decode(model, encoded.last_hidden_state, MASK[:ended], LABELS[:ended], cache)
+    got = generate(model, encoded, asked, 6, cache, first_tokens(model, logits, cache))
+
+    assert torch.equal(got, want)
+    assert got[0, 1:].tolist() == [end] + [0] * (got.shape[1] - 2)
+    assert got.shape[1] > 2 or ended == 1
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"eos_token_id": [1, 5]},
+        {"pad_token_id": None},
+        {"decoder_start_token_id": 3},
+        {"forced_eos_token_id": 1},
+        {"suppress_tokens": [7]},
+        {"repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_checkpoint_that_asks_for_more_than_the_likeliest_token_begins_by_itself(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch, asked: dict[str, object]
+) -> None:
+    cache = new_cache(model)
+    logits = decode(model, encode(model, source()).last_hidden_state, MASK, LABELS, cache)
+    assert (first_tokens(model, logits, cache) is None) == (cache is None)
+    for key, value in asked.items():
+        monkeypatch.setattr(model.get_base_model().generation_config, key, value)
+    assert first_tokens(model, logits, cache) is None
