@@ -280,7 +280,7 @@ def test_a_trial_that_raises_ends_alone(
 def test_out_of_memory_makes_passes_smaller_and_loses_nothing(
     mixed: list[TrialSpec], serve: Serve, passes: list[int], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Memory holds two slots: a pass of four is tried with three, then with two, and there are two at most from then."""
+    """Memory holds two slots: a pass of four is tried with three, then two; from then on two at most."""
     alone = serve(Inbox(*mixed), where="alone")
     passes.clear()
     losses = Pack._losses
