@@ -109,14 +109,17 @@ class Host:
     def __init__(self, base: Base, ranks: Ranks, inbox: Inbox, checkpoints: str, name: str, slots: int = 1) -> None:
         self.base, self.ranks, self.inbox, self.checkpoints, self.name = base, ranks, inbox, checkpoints, name
         self._slots = slots
-        self.limit: int | None = None
-        """Slots that memory holds, once it has not held one more."""
         self._pack: Pack | None = None
         self._runs: list[_Run] = []
         self._held: Taken | None = None
         """Waits until the base is free, as it cannot share it; no other is taken before it."""
         self._closed = self._littered = False
         self._tasks: dict[str, EncodedTask] = {}
+
+    @property
+    def limit(self) -> int | None:
+        """Slots that memory holds, once it has not held one more."""
+        return self._pack.limit if self._pack is not None else None
 
     def serve(self) -> None:
         """Take trials until the inbox has no more.
@@ -175,7 +178,8 @@ class Host:
         if not self._runs:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            self._pack = Pack(self.base, fused=trial.model.activation == "fused", limit=self.limit)
+            fused = trial.model.activation == "fused"
+            self._pack = self._pack if self._pack and self._pack.fused == fused else Pack(self.base, fused=fused)
         storage = TrialStorage(self.checkpoints, trial.trial, fingerprint(trial))
         with ExitStack() as fetched:
             fresh = self.ranks.share(self.ranks.leads and storage.latest() is None)
@@ -213,7 +217,7 @@ class Host:
         """Take the lowest limit of all ranks, where several slots may share a pass."""
         if self._slots > 1 and self._pack is not None:
             (limit,) = self.ranks.maximum(-(self._pack.limit or self._slots))
-            self._pack.limit = self.limit = -limit if -limit < self._slots else None
+            self._pack.limit = -limit if -limit < self._slots else None
 
     def _go_on(self, run: _Run, stepped: _Stepped | None = None) -> None:
         """Let a trial go on to its next pass."""

@@ -10,6 +10,7 @@ Shape suffixes: B batch, T tokens, V vocabulary or classes.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from deft_ray.models.adapters import (
 from deft_ray.models.base import Base
 from deft_ray.models.routing import CannotShareError, Routing, remove_routing
 from deft_ray.train.batches import Batch, padded_alike
+from deft_ray.train.cost import PassCost, Size
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,14 @@ class Share:
     batch: Batch
     penalty: Penalty
     scale: float
+
+    @property
+    def size(self) -> Size:
+        """What it costs."""
+        inputs = self.batch.inputs
+        source = next(iter(self.batch.masks.values())).shape[1]
+        labels = inputs["labels"]
+        return Size(self.batch.rows, source, labels.shape[1] if labels.dim() > 1 else 0)
 
 
 @dataclass
@@ -75,12 +85,17 @@ class Pack:
     Args:
         base: Loaded base, without an adapter.
         fused: See :class:`~deft_ray.density.probe.DensityProbe`.
-        limit: Slots in one pass that memory holds; None until it has not held one more. Lowered when it does not.
+
+    Attributes:
+        limit: Slots in one pass that memory holds; None until it has not held one more.
+        cost: What passes cost, as far as it is known.
     """
 
-    def __init__(self, base: Base, *, fused: bool = False, limit: int | None = None) -> None:
-        self.base, self.fused, self.limit = base, fused, limit
+    def __init__(self, base: Base, *, fused: bool = False) -> None:
+        self.base, self.fused = base, fused
+        self.limit: int | None = None
         self.routing = Routing()
+        self.cost = PassCost()
         self.seats: list[Seat] = []
         self.model: PeftModel | None = None
         self._probe: DensityProbe | None = None
@@ -196,36 +211,42 @@ class Pack:
         ]
 
     def run_apart(self, shares: Sequence[Share]) -> list[Found | Exception]:
-        """Run shares in as few passes as go through; returns for each what was found, or why nothing was.
+        """Run shares in the passes that cost least; returns for each what was found, or why nothing was.
 
         A pass that memory does not hold is tried again with one share less, and no pass has as many from then on. One
         that fails otherwise is tried again share by share, as a single one may be the cause. Nothing that slots keep
         has changed by then.
         """
-        found: list[Found | Exception] = []
-        waiting = list(shares)
+        found: dict[int, Found | Exception] = {}
+        waiting = self.cost.groups([share.size for share in shares])
         while waiting:
-            size = min(len(waiting), self.limit or len(waiting))
-            now = waiting[:size]
+            group = waiting.pop(0)
+            now, later = group[: self.limit], group[self.limit :] if self.limit else []
             try:
-                found += self.run(now)
+                found |= zip(now, self._timed([shares[place] for place in now]), strict=True)
             except Exception as error:  # whatever it was: it is a slot's own, or the pass is made smaller
-                cause: Exception = error
+                failed = True
+                if len(now) == 1:
+                    found[now[0]] = error
+                elif is_out_of_memory(error):
+                    self.limit = len(now) - 1
+                    _log.warning("memory holds no pass of %d slots: %d at most from now on", len(now), self.limit)
+                    later = group
+                else:
+                    waiting[:0] = [[place] for place in now]
             else:
-                waiting = waiting[size:]
-                continue
-            if size == 1:
-                found.append(cause)
-                waiting = waiting[1:]
-            elif is_out_of_memory(cause):
-                _log.warning("memory does not hold a pass of %d slots; %d at most from now on", size, size - 1)
-                self.limit = size - 1
-            else:
-                found += [each for share in now for each in self.run_apart([share])]
-                waiting = waiting[size:]
-            del cause  # it holds the pass
-            if torch.cuda.is_available():
+                failed = False
+            waiting[:0] = [later] if later else []
+            if failed and torch.cuda.is_available():  # the pass that failed is let go by now
                 torch.cuda.empty_cache()
+        return [found[place] for place in range(len(shares))]
+
+    def _timed(self, shares: Sequence[Share]) -> list[Found]:
+        began = time.perf_counter()
+        found = self.run(shares)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.cost.add([share.size for share in shares], time.perf_counter() - began)
         return found
 
     @contextmanager

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
+from deft_ray.train.cost import PassCost, Size
 from deft_ray.train.host import Host, Taken
 from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.ranks import Ranks
@@ -50,6 +51,12 @@ def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has nothing to reduce, which DeepSpeed would do in float32."""
     engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     monkeypatch.setattr(engine, "allreduce_gradients", lambda *_args, **_options: None)
+
+
+@pytest.fixture(autouse=True)
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All slots in one pass, whatever it costs on this machine."""
+    monkeypatch.setattr(PassCost, "groups", lambda _cost, sizes: [list(range(len(sizes)))])
 
 
 @pytest.fixture
@@ -146,6 +153,26 @@ def test_trials_beside_each_other_leave_what_they_leave_alone(
         check_equal(packed, alone, trial)
     assert max(passes) == min(slots, len(mixed))
     assert sum(passes) == 6 + 4 + 9 + 5 + 4 + 4 * 3, "every micro-batch once"
+
+
+def test_it_makes_no_difference_who_shares_a_pass(
+    mixed: list[TrialSpec], serve: Serve, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are split among passes by chance, at every turn anew."""
+    alone, dice = serve(Inbox(*mixed), where="alone"), random.Random(0)
+    passes.clear()
+
+    def split(_cost: PassCost, sizes: Sequence[Size]) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for place in dice.sample(range(len(sizes)), len(sizes)):
+            groups.setdefault(dice.randrange(3), []).append(place)
+        return list(groups.values())
+
+    monkeypatch.setattr(PassCost, "groups", split)
+    packed = serve(Inbox(*mixed), 4, "packed")
+    for trial in mixed:
+        check_equal(packed, alone, trial)
+    assert {1, 2, 3} <= set(passes)
 
 
 def test_a_freed_slot_takes_the_next_trial_at_once(mixed: list[TrialSpec], serve: Serve, passes: list[int]) -> None:
