@@ -24,6 +24,10 @@ from deft_ray.density.rows import Rows
 from deft_ray.models.bottleneck import BottleneckLayer
 
 
+class CannotShareError(ValueError):
+    """An adapter has to wait until the base is free of others."""
+
+
 class Routing:
     """Which rows of the pass under way go through which adapter.
 
@@ -40,12 +44,12 @@ class Routing:
         Prefix and prompt tuning have no such layers: they are the only adapter of their base.
 
         Raises:
-            ValueError: If one of several adapters is on an embedding.
+            CannotShareError: If one of several adapters is on an embedding.
         """
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 if module.lora_embedding_A and len(model.peft_config) > 1:
-                    raise ValueError("adapter.target_modules: an adapter on an embedding cannot share a base")
+                    raise CannotShareError("adapter.target_modules: an adapter on an embedding cannot share a base")
                 vars(module)["forward"] = partial(self._layer, module, _lora)
             elif isinstance(module, BottleneckLayer):
                 vars(module)["forward"] = partial(self._layer, module, _bottleneck)

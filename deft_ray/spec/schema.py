@@ -231,7 +231,7 @@ class ResourcesSection(Section):
     workers_per_host: Positive = 1
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[int, Field(ge=0)] | None = None
-    slots_per_host: Annotated[int, Field(ge=1, le=1)] = 1
+    slots_per_host: Positive = 1
 
 
 class TrackingSection(Section):

@@ -41,6 +41,7 @@ class Board:
         self.closed = False
         self._waiting: deque[str] = deque()
         self._given_up: str | None = None
+        self._lives: dict[str, int] = {}
 
     def submit(self, trial: str, spec: str) -> None:
         """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again."""
@@ -49,22 +50,38 @@ class Board:
             self._waiting.append(trial)
             self._abandon_waiting()
 
-    def claim(self, host: str) -> tuple[str, int] | None:
-        """Give a host the next trial: (TrialSpec as JSON, attempt); None if none waits."""
-        if not self._waiting:
+    def claim(self, host: str, life: int) -> tuple[str, int, bool] | None:
+        """Give a host the next trial.
+
+        Args:
+            host: The host.
+            life: Of :meth:`release`, so that a question of workers that are gone takes nothing.
+
+        Returns:
+            TrialSpec as JSON, attempt, and whether it must have the host to itself: at its last attempt, so that it is
+            known who it is that costs hosts. None if no trial waits.
+        """
+        if not self._waiting or life != self._lives.get(host, 0):
             return None
         entry = self.entries[self._waiting.popleft()]
         entry.state, entry.host, entry.attempt = "running", host, entry.attempt + 1
-        return entry.trial, entry.attempt
+        return entry.trial, entry.attempt, entry.attempt >= MAX_ATTEMPTS
 
-    def add_row(self, trial: str, attempt: int, row: Row) -> bool:
-        """Take a row; False if it comes from a lost attempt, or after the end."""
+    def add_row(self, trial: str, attempt: int, row: Row, now: float) -> bool:
+        """Take a row; False if it comes from a lost attempt, or after the end.
+
+        The last row of a trial that failed on some workers only is ``alone``: they leave the others, so the host's
+        other trials begin again before these fail for it.
+        """
         entry = self.entries.get(trial)
         if entry is None or entry.state != "running" or entry.attempt != attempt:
             return False
+        alone, host = row.pop("alone", False), entry.host
         entry.rows.append(row)
         if row["kind"] == "end":
             entry.state, entry.host = "ended", None
+        if alone and host is not None:
+            self.release(host, f"trial {trial} failed on one of its workers", now)
         return True
 
     def cancel(self, trial: str) -> None:
@@ -82,8 +99,8 @@ class Board:
         entry = self.entries.get(trial)
         return entry is None or entry.cancelled or entry.attempt != attempt
 
-    def release(self, host: str, cause: str, now: float) -> list[str]:
-        """A host is gone: its trial waits again, at the front, or has failed if it lost too many hosts.
+    def release(self, host: str, cause: str, now: float) -> int:
+        """A host is gone: its trials wait again, at the front, or have failed if they lost too many hosts.
 
         Args:
             host: The host.
@@ -91,10 +108,10 @@ class Board:
             now: Unix seconds.
 
         Returns:
-            Ids of the trials it had.
+            The host's life from now on, for :meth:`claim`.
         """
         held = [trial for trial, entry in self.entries.items() if entry.host == host and entry.state == "running"]
-        for trial in held:
+        for trial in reversed(held):
             entry = self.entries[trial]
             entry.host = None
             if entry.attempt >= MAX_ATTEMPTS or entry.cancelled:
@@ -104,7 +121,8 @@ class Board:
             else:
                 entry.state = "waiting"
                 self._waiting.appendleft(trial)
-        return held
+        self._lives[host] = self._lives.get(host, 0) + 1
+        return self._lives[host]
 
     def close(self) -> None:
         """Give out no more trials, and stop those that run."""

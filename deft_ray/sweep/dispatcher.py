@@ -27,18 +27,18 @@ class Dispatcher:
         """Queue a trial."""
         await self._change(lambda: self._board.submit(trial, spec))
 
-    async def claim(self, host: str) -> tuple[str, int] | str:
-        """Wait for a trial for a host: (TrialSpec as JSON, attempt), or ``wait``, or ``closed``."""
+    async def claim(self, host: str, life: int) -> tuple[str, int, bool] | str:
+        """Wait for a trial for a host: as of :meth:`Board.claim`, or ``wait``, or ``closed``."""
 
         def find() -> Any:
-            return "closed" if self._board.closed else self._board.claim(host)
+            return "closed" if self._board.closed else self._board.claim(host, life)
 
         return await self._wait_for(find) or "wait"
 
     async def add_row(self, trial: str, attempt: int, row: Row) -> bool:
         """Take a host's row; False tells the host that nobody wants it any more."""
         predictions = row.pop("predictions", None)
-        taken: bool = await self._change(lambda: self._board.add_row(trial, attempt, row))
+        taken: bool = await self._change(lambda: self._board.add_row(trial, attempt, row, time.time()))
         if taken and predictions:
             self._predictions[trial] = predictions
         return taken
@@ -65,9 +65,10 @@ class Dispatcher:
         """Wait until an attempt is to stop; False if it was not for a while."""
         return bool(await self._wait_for(lambda: self._board.is_cancelled(trial, attempt)))
 
-    async def release(self, host: str, cause: str) -> None:
-        """A host is gone, or has come back without its trial."""
-        await self._change(lambda: self._board.release(host, cause, time.time()))
+    async def release(self, host: str, cause: str) -> int:
+        """A host is gone, or has come back without its trials; returns its life from now on."""
+        life: int = await self._change(lambda: self._board.release(host, cause, time.time()))
+        return life
 
     async def host_ended(self, host: str, cause: str | None) -> None:
         """A host will not come back; ``cause`` is why, or None if it was told to end, or has said why before."""

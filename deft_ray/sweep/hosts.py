@@ -6,13 +6,16 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from deft_ray.spec.schema import ModelSection, TrialSpec
+
+if TYPE_CHECKING:
+    from deft_ray.train.host import Taken
 
 #: How often a host's worker group may be started anew over a sweep; preempted nodes do not count.
 MAX_RESTARTS = 50
@@ -30,6 +33,7 @@ class HostSettings:
         workers: Workers of a host.
         cpus: CPUs of a worker.
         gpus: GPUs of a worker.
+        slots: Trials that train at once on a host.
         shared_ray: Whether Ray was there before the sweep, and stays after it.
     """
 
@@ -40,6 +44,7 @@ class HostSettings:
     workers: int
     cpus: int
     gpus: int
+    slots: int
     shared_ray: bool
 
 
@@ -130,8 +135,7 @@ def serve(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
-    if rank == 0:
-        ray.get(dispatcher.release.remote(host, "its workers were started anew"))
+    life = ray.get(dispatcher.release.remote(host, "its workers were started anew")) if rank == 0 else 0
     model = settings.model
     try:
         base = load_base(
@@ -151,7 +155,8 @@ def serve(config: dict[str, Any]) -> None:
             ray.get(dispatcher.host_ended.remote(host, cause))
         return
     ranks = Ranks(rank, context.get_world_size(), base.model.device)
-    Host(base, ranks, DispatcherInbox(dispatcher, host), settings.checkpoints, host).serve()
+    inbox = DispatcherInbox(dispatcher, host, life)
+    Host(base, ranks, inbox, settings.checkpoints, host, settings.slots).serve()
 
 
 class DispatcherInbox:
@@ -160,40 +165,49 @@ class DispatcherInbox:
     Args:
         dispatcher: Handle of the dispatcher.
         host: Name of the host.
+        life: Which of its lives this is; see :meth:`~deft_ray.sweep.board.Board.release`.
     """
 
-    def __init__(self, dispatcher: Any, host: str) -> None:
-        self._dispatcher, self._host = dispatcher, host
-        self._trial, self.attempt = "", 0
-        self._stop: Any = None
+    def __init__(self, dispatcher: Any, host: str, life: int) -> None:
+        self._dispatcher, self._host, self._life = dispatcher, host, life
+        self._attempts: dict[str, int] = {}
+        self._stops: dict[str, Any] = {}
+        self._claim: Any = None
 
-    def next_trial(self) -> TrialSpec | str:
-        """Wait a while for a trial; ``wait`` if there is none yet, ``closed`` if there will be none."""
-        claimed = ray.get(self._dispatcher.claim.remote(self._host))
+    def next_trial(self, wait: bool) -> Taken | str:
+        """Take a trial; ``wait`` if there is none yet, ``closed`` if there will be none.
+
+        One question is under way whenever the host has room; without ``wait`` it is only looked whether it is answered.
+        """
+        if self._claim is None:
+            self._claim = self._dispatcher.claim.remote(self._host, self._life)
+        ready, _ = ray.wait([self._claim], timeout=None if wait else 0)
+        if not ready:
+            return "wait"
+        claimed, self._claim = ray.get(self._claim), None
         if isinstance(claimed, str):
             return claimed
-        trial = TrialSpec.model_validate_json(claimed[0])
-        self.follow(trial.trial, claimed[1])
-        return trial
+        from deft_ray.train.host import Taken  # who asks has loaded torch; the driver, which imports this, has not
 
-    def follow(self, trial: str, attempt: int) -> None:
-        """Send rows under this trial and attempt from now on."""
-        self._trial, self.attempt, self._stop = trial, attempt, None
+        trial, attempt, apart = claimed
+        return Taken(TrialSpec.model_validate_json(trial), attempt, apart)
 
-    def stop_requested(self) -> bool:
-        """Tell at once whether the running trial is to stop: one question is always under way."""
-        if self._stop is None:
-            self._stop = self._dispatcher.wait_cancelled.remote(self._trial, self.attempt)
-        ready, _ = ray.wait([self._stop], timeout=0)
-        if not ready:
-            return False
-        answer, self._stop = ray.get(self._stop), None
-        return bool(answer)
+    def follow(self, taken: Taken) -> None:
+        """Send a trial's rows under this attempt from now on."""
+        self._attempts[taken.trial.trial] = taken.attempt
 
-    def send(self, row: dict[str, Any]) -> None:
+    def stop_requested(self, trial: str) -> bool:
+        """Tell at once whether a running trial is to stop: one question is always under way for each."""
+        if trial not in self._stops:
+            self._stops[trial] = self._dispatcher.wait_cancelled.remote(trial, self._attempts[trial])
+        ready, _ = ray.wait([self._stops[trial]], timeout=0)
+        return bool(ray.get(self._stops.pop(trial))) if ready else False
+
+    def send(self, trial: str, row: dict[str, Any]) -> None:
         """Send a row; waits for the last one, so that a row that ends a trial has arrived."""
-        sent = self._dispatcher.add_row.remote(self._trial, self.attempt, row)
+        sent = self._dispatcher.add_row.remote(trial, self._attempts[trial], row)
         if row["kind"] == "end":
+            self._stops.pop(trial, None)
             ray.get(sent)
 
 

@@ -299,6 +299,7 @@ class _Sweep:
             workers=resources.workers_per_host,
             cpus=resources.cpus_per_worker,
             gpus=gpus_per_worker(self.spec, machine.gpus),
+            slots=resources.slots_per_host,
             shared_ray=self.address is not None,
         )
         return settings, count_hosts(self.spec, machine)

@@ -12,7 +12,8 @@ Shape suffixes: B batch, C candidates, D d_model, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,10 @@ class Evaluation:
         return next(iter(self.scores.values())), density
 
 
+#: An evaluation that pauses after every batch.
+Pieces = Generator[None, None, Evaluation]
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates one slot's model.
@@ -98,6 +103,7 @@ class Evaluator:
         max_new_tokens: Longest generated answer.
         source_length: Pad sources to this; to the longest of a batch if None.
         target_length: Pad answers to this; to the longest of a batch if None.
+        alone: Context of a pass that is this slot's alone.
     """
 
     base: Base
@@ -109,10 +115,22 @@ class Evaluator:
     max_new_tokens: int
     source_length: int | None = None
     target_length: int | None = None
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    @torch.no_grad()
     def evaluate(self, taus: Sequence[float] = (), last: bool = False) -> Evaluation:
-        """Evaluate on the validation split, and on those beside it; every rank gets the whole result.
+        """Evaluate at one go; see :meth:`pieces`."""
+        pieces = self.pieces(taus, last)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                found: Evaluation = end.value
+                return found
+
+    def pieces(self, taus: Sequence[float] = (), last: bool = False) -> Pieces:
+        """Evaluate on the validation split, and on those beside it, a batch at a time.
+
+        Between two pieces the model may do something else. Every rank has as many of them, and gets the whole result.
 
         Args:
             taus: Thresholds of the dial: at each, and at 0, the model is evaluated with all activations of at most this
@@ -123,51 +141,64 @@ class Evaluator:
         Raises:
             FloatingPointError: On every rank, if the model says what is no number.
         """
-        self.model.eval()
-        found = self._evaluate(self.data.validation, last)
+        found = yield from self._evaluate(self.data.validation, 0.0, last)
         scores = dict(found.scores)
         for suffix, examples in self.data.beside.items():  # density is that of the validation split alone
-            beside = self._evaluate(examples)
+            beside = yield from self._evaluate(examples, 0.0)
             scores |= {f"{metric}_{suffix}": score for metric, score in beside.scores.items()}
         dial, said = dict[str, dict[str, float]](), {tau_key(0.0): found.each} if last else {}
         if last and self.data.task.kind != "question":
             said["label"] = [example.label for example in self.data.validation]
         for tau in (0.0, *taus) if taus else ():
-            with self.probe.thresholding(tau):
-                dialled = found if tau == 0.0 else self._evaluate(self.data.validation, last)
-                calibrated = self._evaluate(self.data.calibration) if last else None
+            dialled = found if tau == 0.0 else (yield from self._evaluate(self.data.validation, tau, last))
+            calibrated = (yield from self._evaluate(self.data.calibration, tau)) if last else None
             dial[tau_key(tau)] = {"score": dialled.point[0], "density": dialled.point[1]}
             if calibrated is not None:
                 score, density = calibrated.point
                 dial[tau_key(tau)] |= {"calibration_score": score, "calibration_density": density}
                 said[tau_key(tau)] = dialled.each
-        self.model.train()
         return Evaluation(scores, found.counts, found.generated, found.each, dial, said)
 
-    def _evaluate(self, examples: list[Example], each: bool = False) -> Evaluation:
+    def _evaluate(self, examples: list[Example], tau: float, each: bool = False) -> Pieces:
         device = self.ranks.device
         counts = DensityCounts.empty(self.probe.names, device)
         generated = torch.zeros(2, dtype=torch.int64, device=device)
-        predictions = self._predictions(examples, counts, generated)
+        predictions = yield from self._predictions(examples, tau, counts, generated)
         counts.rows = self.ranks.total(counts.rows)
         if any(value != value for value in predictions):
             raise FloatingPointError("the model's outputs are not finite in the evaluation")
         scores, said = self._score(examples, predictions, each)
         return Evaluation(scores, counts, self.ranks.total(generated), said)
 
-    def _predictions(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
+    def _predictions(
+        self, examples: list[Example], tau: float, counts: DensityCounts, generated: Tensor
+    ) -> Generator[None, None, list[Prediction]]:
         """Predict a split, every rank its batches; every rank gets all predictions, in order."""
         mine: dict[int, Prediction] = {}
-        for indices in self._my_batches(examples):
-            mine.update(zip(indices, self._predict([examples[i] for i in indices], counts, generated), strict=True))
+        batches = self._batches(examples)
+        for turn in range(0, len(batches), self.ranks.world):
+            for indices in batches[turn + self.ranks.rank : turn + self.ranks.rank + 1]:  # none at the end of some
+                with self._passing(tau):
+                    predicted = self._predict([examples[i] for i in indices], counts, generated)
+                mine.update(zip(indices, predicted, strict=True))
+            yield
         everybodys = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
         return [everybodys[index] for index in range(len(examples))]
 
-    def _my_batches(self, examples: list[Example]) -> Iterator[list[int]]:
-        """Batches of like length, longest first; batch i belongs to rank i modulo world."""
+    @contextmanager
+    def _passing(self, tau: float) -> Iterator[None]:
+        """Run a pass inside: without gradients and dropout, at a threshold, and the slot alone."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.alone(), self.probe.thresholding(tau):
+                yield
+        finally:
+            self.model.train()
+
+    def _batches(self, examples: list[Example]) -> list[list[int]]:
+        """Batches of like length, longest first, of all ranks; batch i belongs to rank i modulo world."""
         order = sorted(range(len(examples)), key=lambda index: (-examples[index].source_tokens, index))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        yield from batches[self.ranks.rank :: self.ranks.world]
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def _score(
         self, examples: list[Example], predictions: list[Prediction], each: bool

@@ -1,18 +1,23 @@
-"""The host loop: one frozen base, one trial after another, until there are no more.
+"""The host loop: one frozen base, and trials in its slots until there are no more.
 
 Runs on every worker of a host alike. Rank 0 takes trials from an inbox and sends rows back; what the inbox is (the
 sweep's dispatcher, a list in a test) this room does not know.
+
+The loop goes in turns. In each, a free slot takes the next trial, then all slots that train pass a micro-batch through
+the base together, then each slot that is evaluated passes one batch. What a trial does next is told by its course, a
+generator that pauses wherever it wants a pass.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import platform
 import resource
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,13 +28,16 @@ from typing import Any, Protocol
 import torch
 
 from deft_ray.models.base import Base
+from deft_ray.models.routing import CannotShareError
 from deft_ray.spec.catalog import find_task
 from deft_ray.spec.schema import DataSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
 from deft_ray.tasks.images import class_names
 from deft_ray.tasks.rows import hold_out, load_beside, load_rows
+from deft_ray.train.evaluation import Evaluation
+from deft_ray.train.pack import Pack
 from deft_ray.train.ranks import Ranks
-from deft_ray.train.slot import Slot
+from deft_ray.train.slot import Slot, StepResult, step_together
 from deft_ray.train.storage import TrialStorage
 
 #: Rows with training losses per trial, about.
@@ -38,23 +46,42 @@ TRAIN_ROWS = 20
 _PACKAGES = ("bitsandbytes", "deepspeed", "peft", "ray", "torch", "transformers")
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A trial that a host is to run.
+
+    Args:
+        trial: The trial.
+        attempt: How often it was started, this time included.
+        apart: Whether it must have the base to itself, as it may have cost the host its workers.
+    """
+
+    trial: TrialSpec
+    attempt: int = 1
+    apart: bool = False
+
+
 class Inbox(Protocol):
     """Where trials come from and rows go to."""
 
-    attempt: int
-    """Of the running trial; counts how often it was started."""
+    def next_trial(self, wait: bool) -> Taken | str:
+        """Take a trial; asked on rank 0 only.
 
-    def next_trial(self) -> TrialSpec | str:
-        """Wait a while for a trial: ``wait`` if there is none yet, ``closed`` ends the host. Asked on rank 0 only."""
+        Args:
+            wait: Whether to wait a while for one.
 
-    def follow(self, trial: str, attempt: int) -> None:
-        """Tell a rank that did not ask which trial runs."""
+        Returns:
+            ``wait`` if there is none yet, ``closed`` if there will be none.
+        """
 
-    def stop_requested(self) -> bool:
-        """Tell at once whether the running trial is to stop. Asked on rank 0 only."""
+    def follow(self, taken: Taken) -> None:
+        """Note that a trial runs; told to every rank."""
 
-    def send(self, row: dict[str, Any]) -> None:
-        """Send a row of the running trial; called on rank 0, and by a rank that fails alone."""
+    def stop_requested(self, trial: str) -> bool:
+        """Tell at once whether a running trial is to stop. Asked on rank 0 only."""
+
+    def send(self, trial: str, row: dict[str, Any]) -> None:
+        """Send a row of a running trial; called on rank 0, and by a rank that fails alone."""
 
 
 @dataclass
@@ -76,59 +103,163 @@ class Host:
         inbox: See :class:`Inbox`.
         checkpoints: Folder or URI of all trials' checkpoints.
         name: Name of the host in records.
+        slots: Trials that train at once.
     """
 
-    def __init__(self, base: Base, ranks: Ranks, inbox: Inbox, checkpoints: str, name: str) -> None:
+    def __init__(self, base: Base, ranks: Ranks, inbox: Inbox, checkpoints: str, name: str, slots: int = 1) -> None:
         self.base, self.ranks, self.inbox, self.checkpoints, self.name = base, ranks, inbox, checkpoints, name
+        self._slots = slots
+        self._pack: Pack | None = None
+        self._runs: list[_Run] = []
+        self._held: Taken | None = None
+        """Waits until the base is free, as it cannot share it; no other is taken before it."""
+        self._closed = self._littered = False
         self._tasks: dict[str, EncodedTask] = {}
 
-    def serve(self) -> None:
-        """Take trials until the inbox has no more."""
-        gc.collect()
-        gc.freeze()  # the libraries' objects stay: not walking over them saves 0.3 s after every trial
-        while True:
-            trial = self.inbox.next_trial() if self.ranks.leads else ""
-            trial, attempt = self.ranks.share((trial, self.inbox.attempt))
-            if trial == "closed":
-                return
-            if isinstance(trial, TrialSpec):
-                self.inbox.follow(trial.trial, attempt)
-                self.run(trial)
+    @property
+    def limit(self) -> int | None:
+        """Slots that memory holds, once it has not held one more."""
+        return self._pack.limit if self._pack is not None else None
 
-    def run(self, trial: TrialSpec) -> None:
-        """Run one trial to its last row, whatever becomes of it.
+    def serve(self) -> None:
+        """Take trials until the inbox has no more.
 
         Raises:
-            Exception: The trial's own, where it failed on some workers only: the group has to be started anew.
+            Exception: A trial's own, where it failed on some workers only: the group has to be started anew.
         """
-        started = time.time()
+        gc.collect()
+        gc.freeze()  # the libraries' objects stay: not walking over them saves 0.3 s after every trial
         try:
-            self._run(trial, started)
-        except Exception as error:
-            cause = traceback.format_exc()
-            alone = not self.ranks.all_failed()
-            if self.ranks.leads or alone:
-                status = "diverged" if isinstance(error, FloatingPointError) else "failed"
-                self.inbox.send(_end_row(status, started, cause=cause))
-            if alone:
-                raise
+            while self._runs or self._held or not self._closed:
+                self._tidy()
+                self._take_in()
+                self._turn()
         finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            for run in self._runs:
+                run.slot.close()
 
-    def _run(self, trial: TrialSpec, started: float) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+    def _take_in(self) -> None:
+        """Give every free slot a trial, as long as there are any."""
+        if self._held is not None and not self._runs:
+            held, self._held = self._held, None
+            self._start(held)
+        while self._has_room():
+            taken = self.inbox.next_trial(wait=not self._runs) if self.ranks.leads else ""
+            taken = self.ranks.share(taken)
+            self._closed = taken == "closed"
+            if not isinstance(taken, Taken):
+                return
+            self._start(taken)
+
+    def _has_room(self) -> bool:
+        most = min(self._slots, self.limit or self._slots)
+        free = len(self._runs) < most and not any(run.apart for run in self._runs)
+        return free and self._held is None and not self._closed
+
+    def _start(self, taken: Taken) -> None:
+        """Put a trial into a slot, or keep it until the base is free."""
+        if taken.apart and self._runs:
+            self._held = taken
+            return
+        started = time.time()
+        self.inbox.follow(taken)
+        try:
+            run = self._open(taken, started)
+        except CannotShareError:
+            self._held = taken
+        except Exception as error:  # a border: whatever it was, it is a row
+            self._fail(taken.trial.trial, started, error)
+        else:
+            self._runs.append(run)
+            self._go_on(run)
+
+    def _open(self, taken: Taken, started: float) -> _Run:
+        trial = taken.trial
+        if not self._runs:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            fused = trial.model.activation == "fused"
+            self._pack = self._pack if self._pack and self._pack.fused == fused else Pack(self.base, fused=fused)
         storage = TrialStorage(self.checkpoints, trial.trial, fingerprint(trial))
         with ExitStack() as fetched:
             fresh = self.ranks.share(self.ranks.leads and storage.latest() is None)
             start = fetched.enter_context(storage.adapter_of(trial.start_from)) if trial.start_from and fresh else None
-            slot = Slot(trial, self.base, self._task(trial), self.ranks, start)
+            slot = Slot(trial, self.base, self._task(trial), self.ranks, start, self._pack)
+        return _Run(self, trial, slot, storage, started, apart=taken.apart)
+
+    def _turn(self) -> None:
+        """Pass a micro-batch of all slots that train, together, then a batch of each that is evaluated."""
+        training = [run for run in self._runs if run.trains]
+        evaluated = [run for run in self._runs if not run.trains]
+        if training:
+            self._train(training)
+        for run in evaluated:
+            self._go_on(run)
+
+    def _train(self, runs: list[_Run]) -> None:
+        began = time.monotonic()
+        results = step_together([(run.slot, run.measures) for run in runs])
+        for run in runs:
+            run.clock.train_s += (time.monotonic() - began) / len(runs)
+        for run, result in zip(runs, results, strict=True):
+            if isinstance(result, Exception):
+                self._end(run, result)
+        steps = [(run, result) for run, result in zip(runs, results, strict=True) if isinstance(result, StepResult)]
+        self._agree_on_limit()
+        if not steps:
+            return
+        flags = self.ranks.maximum(*(int(flag) for run, result in steps for flag in run.flags(result)))
+        for number, (run, result) in enumerate(steps):
+            diverged, stop, save = map(bool, flags[3 * number : 3 * number + 3])
+            self._go_on(run, _Stepped(result, diverged, stop, save))
+
+    def _agree_on_limit(self) -> None:
+        """Take the lowest limit of all ranks, where several slots may share a pass."""
+        if self._slots > 1 and self._pack is not None:
+            (limit,) = self.ranks.maximum(-(self._pack.limit or self._slots))
+            self._pack.limit = -limit if -limit < self._slots else None
+
+    def _go_on(self, run: _Run, stepped: _Stepped | None = None) -> None:
+        """Let a trial go on to its next pass."""
         try:
-            _Run(self, trial, slot, storage, started).to_end()
-        finally:
-            slot.close()
+            ended = run.go_on(stepped)
+        except Exception as error:  # a border: whatever it was, it is a row
+            self._end(run, error)
+        else:
+            if ended:
+                self._end(run)
+
+    def _end(self, run: _Run, error: Exception | None = None) -> None:
+        """Free a trial's slot."""
+        self._littered = True
+        self._runs.remove(run)
+        run.slot.close()
+        if error is not None:
+            self._fail(run.trial.trial, run.started, error)
+
+    def _tidy(self) -> None:
+        """Give memory back that trials have left, once nobody looks at them any more."""
+        if not self._littered:
+            return
+        self._littered = False
+        gc.collect()
+        if torch.cuda.is_available() and not self._runs:
+            torch.cuda.empty_cache()
+
+    def _fail(self, trial: str, started: float, error: Exception) -> None:
+        """Send the last row of a trial that raised.
+
+        Raises:
+            Exception: The trial's own, where it failed on some workers only.
+        """
+        self._littered = True
+        alone = not self.ranks.all_failed()
+        if self.ranks.leads or alone:
+            status = "diverged" if isinstance(error, FloatingPointError) else "failed"
+            cause = "".join(traceback.format_exception(error))
+            self.inbox.send(trial, _end_row(status, started, cause=cause) | ({"alone": True} if alone else {}))
+        if alone:
+            raise error
 
     def _task(self, trial: TrialSpec) -> EncodedTask:
         calibration = trial.dial.calibration_examples if trial.dial.taus else 0
@@ -171,35 +302,86 @@ def load_task(name: str, data: DataSection, base: Base, calibration: int = 0) ->
     )
 
 
+@dataclass(frozen=True)
+class _Stepped:
+    """How a step went, on all ranks.
+
+    Args:
+        result: What it left on this rank.
+        diverged: Whether a loss was not finite.
+        stop: Whether the trial is to stop.
+        save: Whether it is time for a checkpoint.
+    """
+
+    result: StepResult
+    diverged: bool
+    stop: bool
+    save: bool
+
+
+#: What a trial does, pausing for each pass: True is for a step, which is answered, False for a batch of an evaluation.
+Course = Generator[bool, _Stepped | None, None]
+
+
 class _Run:
     """One trial on its way from the first step to the last row."""
 
-    def __init__(self, host: Host, trial: TrialSpec, slot: Slot, storage: TrialStorage, started: float) -> None:
+    def __init__(
+        self, host: Host, trial: TrialSpec, slot: Slot, storage: TrialStorage, started: float, *, apart: bool
+    ) -> None:
         self.host, self.trial, self.slot, self.storage, self.started = host, trial, slot, storage, started
-        self.ranks, self.inbox = host.ranks, host.inbox
+        self.ranks, self.inbox, self.apart = host.ranks, host.inbox, apart
         self.clock = _Clock()
+        self.trains = False
+        """Whether it waits for a step."""
         self.evaluated: dict[str, Any] = {}
         self.predictions: dict[str, list[float]] = {}
         self.rungs = rung_steps(self.slot.steps, trial.rungs)
         self.judged: list[dict[str, Any]] = []
         """The rows of the rungs so far."""
+        self._saved = time.monotonic()
+        self._report_every = max(1, self.slot.steps // TRAIN_ROWS)
+        self._course = self._to_end()
 
-    def to_end(self) -> None:
+    @property
+    def measures(self) -> bool:
+        """Whether the step that comes is reported."""
+        return (self.slot.done + 1) % self._report_every == 0
+
+    def flags(self, result: StepResult) -> tuple[bool, bool, bool]:
+        """What this rank says after a step: that it diverged, that the trial is to stop, that a checkpoint is due."""
+        stop = self.ranks.leads and self.inbox.stop_requested(self.trial.trial)
+        due = self.ranks.leads and time.monotonic() - self._saved >= self.trial.train.checkpoint_every_s
+        return not math.isfinite(result.task_loss), stop, due
+
+    def go_on(self, stepped: _Stepped | None = None) -> bool:
+        """Go on to the next pass; True at the end.
+
+        Args:
+            stepped: How the step went, if it was waited for.
+        """
+        try:
+            self.trains = next(self._course) if stepped is None else self._course.send(stepped)
+        except StopIteration:
+            return True
+        return False
+
+    def _to_end(self) -> Course:
         self._resume()
         evaluations = evaluation_steps(self.slot.steps, self.trial.train.evaluations) | self.rungs.keys()
-        report_every = max(1, self.slot.steps // TRAIN_ROWS)
-        saved = time.monotonic()
         self.clock.startup_s += time.time() - self.started
         while self.slot.done < self.slot.steps:
-            stop = self._step(measure=(self.slot.done + 1) % report_every == 0)
-            if stop:
+            measured = self.measures
+            stepped = yield True
+            assert stepped is not None
+            self._report(stepped, measured)
+            if stepped.stop:
                 self._end("stopped")
                 return
             if self.slot.done in evaluations:
-                self._evaluate()
-            if self.ranks.share(time.monotonic() - saved >= self.trial.train.checkpoint_every_s):
+                yield from self._evaluate()
+            if stepped.save:
                 self._save()
-                saved = time.monotonic()
         self._end("complete")
 
     def _resume(self) -> None:
@@ -210,37 +392,40 @@ class _Run:
             self.evaluated, self.judged = latest["evaluated"], latest.get("rung_rows", [])
             self.predictions = latest.get("predictions", {})
             for row in self.judged if self.ranks.leads else ():
-                self.inbox.send(row)  # whoever judges it may have been killed before he could, or before he acted
+                self.inbox.send(self.trial.trial, row)  # whoever judges it may have been killed before he could
 
-    def _step(self, measure: bool) -> bool:
-        """Train one step; True if the trial is to stop. Raises FloatingPointError on every rank if one diverged."""
-        began = time.monotonic()
-        result = self.slot.step(measure)
-        finite = torch.isfinite(torch.tensor(result.task_loss)).item()
-        stop = self.ranks.leads and self.inbox.stop_requested()
-        diverged, stop = map(bool, self.ranks.maximum(int(not finite), int(stop)))
-        self.clock.train_s += time.monotonic() - began
-        if diverged:
+    def _report(self, stepped: _Stepped, measured: bool) -> None:
+        """Send a row of the step if one is due. Raises FloatingPointError on every rank if one diverged."""
+        if stepped.diverged:
             raise FloatingPointError(f"the loss is not finite at step {self.slot.done}")
-        if measure:
-            assert result.density_loss is not None
-            assert result.penalty is not None
-            sums = self.ranks.total(torch.tensor([result.task_loss, result.density_loss, result.penalty]))
-            task_loss, density_loss, penalty = (float(value) for value in sums)
-            self._send(
-                "train",
-                loss=task_loss + penalty,
-                task_loss=task_loss,
-                density_loss=density_loss,
-                learning_rate=result.learning_rate,
-            )
-        return stop
+        if not measured:
+            return
+        result = stepped.result
+        assert result.density_loss is not None
+        assert result.penalty is not None
+        sums = self.ranks.total(torch.tensor([result.task_loss, result.density_loss, result.penalty]))
+        task_loss, density_loss, penalty = (float(value) for value in sums)
+        self._send(
+            "train",
+            loss=task_loss + penalty,
+            task_loss=task_loss,
+            density_loss=density_loss,
+            learning_rate=result.learning_rate,
+        )
 
-    def _evaluate(self) -> None:
-        began = time.monotonic()
-        found = self.slot.evaluate(self._taus(), last=self.slot.done == self.slot.steps)
+    def _evaluate(self) -> Course:
+        pieces = self.slot.evaluation(self._taus(), last=self.slot.done == self.slot.steps)
+        while True:
+            began = time.monotonic()
+            try:
+                next(pieces)
+            except StopIteration as end:
+                found: Evaluation = end.value
+                break
+            finally:
+                self.clock.eval_s += time.monotonic() - began
+            yield False
         self.evaluated, self.predictions = found.row(), found.predictions
-        self.clock.eval_s += time.monotonic() - began
         rung = self.rungs.get(self.slot.done)
         if rung is None:
             self._send("eval", **self.evaluated)
@@ -263,7 +448,8 @@ class _Run:
             "predictions": self.predictions,
         }
         self.storage.save(self.slot.done, self.slot.save, meta, self.ranks)
-        self.clock.save_s += time.monotonic() - began
+        self._saved = time.monotonic()
+        self.clock.save_s += self._saved - began
 
     def _end(self, status: str) -> None:
         peak = max(self.ranks.gather(peak_memory_gib()))
@@ -275,6 +461,7 @@ class _Run:
                 adapter = self.storage.publish_adapter(self.slot.save_adapter)
         if self.ranks.leads:
             self.inbox.send(
+                self.trial.trial,
                 _end_row(
                     status,
                     self.started,
@@ -284,7 +471,7 @@ class _Run:
                     predictions=self.predictions,
                     lambda_layers=lambdas,
                     peak_memory_gib=peak,
-                )
+                ),
             )
         self.ranks.barrier()
 
@@ -295,7 +482,7 @@ class _Run:
             "dtype": self.host.base.dtype,
             "activation": self.slot.activation,
             "approximation": self.slot.kind,
-            "warning": self.slot.warning,
+            "warning": self._warning(),
             "trainable_share": self.slot.trainable_share,
             "times": dict(vars(self.clock)),
             "host": self.host.name,
@@ -303,10 +490,15 @@ class _Run:
             "started_at": self.started,
         }
 
+    def _warning(self) -> str | None:
+        limit = self.host.limit
+        full = f"memory held no pass of {limit + 1} slots: {limit} at once from then on" if limit is not None else None
+        return "; ".join(text for text in (self.slot.warning, full) if text) or None
+
     def _send(self, kind: str, **fields: Any) -> dict[str, Any]:
         row = {"kind": kind, "step": self.slot.done, "time": time.time(), **fields}
         if self.ranks.leads:
-            self.inbox.send(row)
+            self.inbox.send(self.trial.trial, row)
         return row
 
 

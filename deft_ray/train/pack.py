@@ -9,6 +9,8 @@ Shape suffixes: B batch, T tokens, V vocabulary or classes.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,8 +34,11 @@ from deft_ray.models.adapters import (
     detach_adapter,
 )
 from deft_ray.models.base import Base
-from deft_ray.models.routing import Routing, remove_routing
+from deft_ray.models.routing import CannotShareError, Routing, remove_routing
 from deft_ray.train.batches import Batch, padded_alike
+from deft_ray.train.cost import PassCost, Size
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,6 +56,14 @@ class Share:
     batch: Batch
     penalty: Penalty
     scale: float
+
+    @property
+    def size(self) -> Size:
+        """What it costs."""
+        inputs = self.batch.inputs
+        source = next(iter(self.batch.masks.values())).shape[1]
+        labels = inputs["labels"]
+        return Size(self.batch.rows, source, labels.shape[1] if labels.dim() > 1 else 0)
 
 
 @dataclass
@@ -72,11 +85,17 @@ class Pack:
     Args:
         base: Loaded base, without an adapter.
         fused: See :class:`~deft_ray.density.probe.DensityProbe`.
+
+    Attributes:
+        limit: Slots in one pass that memory holds; None until it has not held one more.
+        cost: What passes cost, as far as it is known.
     """
 
     def __init__(self, base: Base, *, fused: bool = False) -> None:
         self.base, self.fused = base, fused
+        self.limit: int | None = None
         self.routing = Routing()
+        self.cost = PassCost()
         self.seats: list[Seat] = []
         self.model: PeftModel | None = None
         self._probe: DensityProbe | None = None
@@ -88,7 +107,13 @@ class Pack:
         return self._probe
 
     def take_seat(
-        self, adapter: Adapter, *, outputs: int | None, source_tokens: int, gradient_checkpointing: bool
+        self,
+        adapter: Adapter,
+        *,
+        outputs: int | None,
+        source_tokens: int,
+        gradient_checkpointing: bool,
+        sharded: bool = False,
     ) -> Seat:
         """Attach an adapter, and a head where there is one; draws from torch's global random state.
 
@@ -98,11 +123,13 @@ class Pack:
             source_tokens: Longest source that it will be given.
             gradient_checkpointing: Whether passes compute blocks again; one slot's wish holds for all until the last
                 one has gone, and changes no number.
+            sharded: Whether workers share out the adapter's parameters (ZeRO-3).
 
         Raises:
-            ValueError: If the adapter does not fit the base, or cannot share it.
+            CannotShareError: If the adapter cannot share the base with those that are there.
+            ValueError: If it does not fit the base.
         """
-        self._require_fit(adapter, outputs)
+        self._require_fit(adapter, outputs, sharded)
         taken = {seat.name for seat in self.seats}
         name = next(name for name in (FIRST, *(f"slot-{n}" for n in range(1, len(taken) + 1))) if name not in taken)
         self.model = attach_adapter(
@@ -114,7 +141,9 @@ class Pack:
             beside=self.model,
             name=name,
         )
-        seat = Seat(self, name, adapter, outputs, [parameter for _, parameter in adapter_parameters(self.model, name)])
+        seat = Seat(
+            self, name, adapter, outputs, [parameter for _, parameter in adapter_parameters(self.model, name)], sharded
+        )
         self.seats.append(seat)
         try:
             self.routing.install(self.model)
@@ -125,16 +154,22 @@ class Pack:
             raise
         return seat
 
-    def _require_fit(self, adapter: Adapter, outputs: int | None) -> None:
+    def _require_fit(self, adapter: Adapter, outputs: int | None, sharded: bool) -> None:
         """Refuse an adapter that cannot share the base with those that are there."""
         for seat in self.seats:
             if isinstance(adapter, Prefix | Prompt) or isinstance(seat.adapter, Prefix | Prompt):
-                raise ValueError("an adapter of virtual tokens cannot share a base: it changes what all rows attend to")
+                cause = "an adapter of virtual tokens cannot share a base: it changes what all rows attend to"
+                raise CannotShareError(cause)
+            if sharded or seat.sharded:
+                raise CannotShareError(
+                    "an adapter whose parameters workers share out cannot share a base: ZeRO stage 3"
+                )
             if type(adapter) is not type(seat.adapter):
                 kinds = " and ".join(type(each).__name__.lower() for each in (seat.adapter, adapter))
-                raise ValueError(f"adapters of two kinds cannot share a base: {kinds}")
+                raise CannotShareError(f"adapters of two kinds cannot share a base: {kinds}")
             if outputs != seat.outputs:
-                raise ValueError(f"heads of two shapes cannot share a base: {seat.outputs} and {outputs} outputs")
+                heads = f"{seat.outputs} and {outputs} outputs"
+                raise CannotShareError(f"heads of two shapes cannot share a base: {heads}")
 
     def leave(self, seat: Seat) -> None:
         """Take a slot's adapter off; with the last one the base is as it was."""
@@ -174,6 +209,45 @@ class Pack:
             Found(loss.detach(), [next(gradients) for _ in share.seat.parameters])
             for loss, share in zip(losses, shares, strict=True)
         ]
+
+    def run_apart(self, shares: Sequence[Share]) -> list[Found | Exception]:
+        """Run shares in the passes that cost least; returns for each what was found, or why nothing was.
+
+        A pass that memory does not hold is tried again with one share less, and no pass has as many from then on. One
+        that fails otherwise is tried again share by share, as a single one may be the cause. Nothing that slots keep
+        has changed by then.
+        """
+        found: dict[int, Found | Exception] = {}
+        waiting = self.cost.groups([share.size for share in shares])
+        while waiting:
+            group = waiting.pop(0)
+            now, later = group[: self.limit], group[self.limit :] if self.limit else []
+            try:
+                found |= zip(now, self._timed([shares[place] for place in now]), strict=True)
+            except Exception as error:  # whatever it was: it is a slot's own, or the pass is made smaller
+                failed = True
+                if len(now) == 1:
+                    found[now[0]] = error
+                elif is_out_of_memory(error):
+                    self.limit = len(now) - 1
+                    _log.warning("memory holds no pass of %d slots: %d at most from now on", len(now), self.limit)
+                    later = group
+                else:
+                    waiting[:0] = [[place] for place in now]
+            else:
+                failed = False
+            waiting[:0] = [later] if later else []
+            if failed and torch.cuda.is_available():  # the pass that failed is let go by now
+                torch.cuda.empty_cache()
+        return [found[place] for place in range(len(shares))]
+
+    def _timed(self, shares: Sequence[Share]) -> list[Found]:
+        began = time.perf_counter()
+        found = self.run(shares)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.cost.add([share.size for share in shares], time.perf_counter() - began)
+        return found
 
     @contextmanager
     def alone(self, seat: Seat) -> Iterator[None]:
@@ -217,12 +291,19 @@ class Seat:
         adapter: The adapter.
         outputs: Of its head; None for text-to-text models.
         trainable: What adapter and head train.
+        sharded: Whether workers share them out.
     """
 
     def __init__(
-        self, pack: Pack, name: str, adapter: Adapter, outputs: int | None, trainable: Sequence[nn.Parameter]
+        self,
+        pack: Pack,
+        name: str,
+        adapter: Adapter,
+        outputs: int | None,
+        trainable: Sequence[nn.Parameter],
+        sharded: bool,
     ) -> None:
-        self.pack, self.name, self.adapter, self.outputs = pack, name, adapter, outputs
+        self.pack, self.name, self.adapter, self.outputs, self.sharded = pack, name, adapter, outputs, sharded
         self.trainable = list(trainable)
         self.scales: LayerScales | None = None
 
@@ -242,3 +323,8 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return functional.mse_loss(logits.squeeze(), labels.squeeze())
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory was asked for that there was not, on a GPU or by torch or Python on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

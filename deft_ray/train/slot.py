@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,16 +36,19 @@ from deft_ray.models.adapters import (
 )
 from deft_ray.models.base import Base
 from deft_ray.models.families import activation_is_nonnegative
+from deft_ray.models.routing import CannotShareError
 from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
-from deft_ray.train.evaluation import Evaluation, Evaluator
+from deft_ray.train.evaluation import Evaluation, Evaluator, Pieces
 from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.ranks import Ranks
 
 #: Layer scales beside a saved adapter: λ by layer.
 SCALES_FILE = "layer_scales.json"
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -93,24 +97,34 @@ class _Step:
     under_way: tuple[Penalty, dict[str, float], float] | None = None
 
 
-def step_together(slots: Sequence[tuple[Slot, bool]]) -> list[StepResult | None]:
+def step_together(slots: Sequence[tuple[Slot, bool]]) -> list[StepResult | Exception | None]:
     """Pass the next micro-batch of every slot through the model, together.
 
     Args:
         slots: Of one pack, each with whether to measure if it begins a step.
 
     Returns:
-        What a slot's step left, where it has ended with this micro-batch; else None.
-
-    Raises:
-        Exception: Of the pass, before any slot has stepped; or of a slot's own step, after those before it have.
+        For each slot what its step left, where the step has ended with this micro-batch, or what it raised, or None. A
+        slot that raises changes nothing for the others.
     """
     with ExitStack() as stack:
         for slot, _ in slots:
             stack.enter_context(slot.whole())
-        shares = [slot.share(measure) for slot, measure in slots]
-        found = slots[0][0].pack.run(shares)
-    return [slot.take(mine) for (slot, _), mine in zip(slots, found, strict=True)]
+        shares = [_caught(partial(slot.share, measure)) for slot, measure in slots]
+        sound = [share for share in shares if isinstance(share, Share)]
+        found = iter(slots[0][0].pack.run_apart(sound))
+        each = [next(found) if isinstance(share, Share) else share for share in shares]
+    return [
+        mine if isinstance(mine, Exception) else _caught(partial(slot.take, mine))
+        for (slot, _), mine in zip(slots, each, strict=True)
+    ]
+
+
+def _caught(action: Callable[[], _Result]) -> _Result | Exception:
+    try:
+        return action()
+    except Exception as error:  # whatever it was, it is one slot's
+        return error
 
 
 class Slot:
@@ -137,7 +151,7 @@ class Slot:
         fused = trial.model.activation == "fused"
         self.pack = pack or Pack(base, fused=fused)
         if self.pack.fused != fused:
-            raise ValueError(f"model.activation: {trial.model.activation!r} is not that of the slots beside it")
+            raise CannotShareError(f"model.activation: {trial.model.activation!r} is not that of the slots beside it")
         self.trial, self.base, self.data, self.ranks = trial, base, data, ranks
         self.steps = planned_steps(trial, len(data.train))
         self._step: _Step | None = None
@@ -168,6 +182,7 @@ class Slot:
             outputs=None if self.base.family.text_to_text else self.data.outputs,
             source_tokens=self._source_tokens(),
             gradient_checkpointing=train.gradient_checkpointing,
+            sharded=train.zero_stage == 3,
         )
         undo.callback(self.pack.leave, self.seat)
         assert self.pack.model is not None
@@ -211,6 +226,8 @@ class Slot:
         """
         while True:
             (result,) = step_together([(self, measure)])
+            if isinstance(result, Exception):
+                raise result
             if result is not None:
                 return result
 
@@ -260,9 +277,14 @@ class Slot:
         return _Step(measure, rate, self._alpha(), self._approximation(), parts, self._step_sizes(examples))
 
     def evaluate(self, taus: Sequence[float] = (), last: bool = False) -> Evaluation:
-        """Evaluate on the validation split, over all ranks; arguments as of :meth:`Evaluator.evaluate`."""
-        with self.whole(), self.pack.alone(self.seat):
+        """Evaluate on the validation split, over all ranks; arguments as of :meth:`Evaluator.pieces`."""
+        with self.whole():
             return self._evaluator().evaluate(taus, last)
+
+    def evaluation(self, taus: Sequence[float] = (), last: bool = False) -> Pieces:
+        """The same in pieces, between which the slots beside this one may train."""
+        with self.whole():
+            return (yield from self._evaluator().pieces(taus, last))
 
     def _evaluator(self) -> Evaluator:
         data = self.trial.data
@@ -276,6 +298,7 @@ class Slot:
             data.max_target_tokens,
             data.max_source_tokens if data.padding == "max_length" else None,
             data.max_target_tokens if data.padding == "max_length" else None,
+            partial(self.pack.alone, self.seat),
         )
 
     def save(self, folder: Path) -> None:
@@ -284,11 +307,17 @@ class Slot:
         torch.save({"done": self.done, "random": _random_state()}, folder / f"rank-{self.ranks.rank}.pt")
 
     def load(self, folder: Path) -> None:
-        """Continue from a state that every rank has saved."""
+        """Continue from a state that every rank has saved; the random state only where no other slot draws from it."""
         self.engine.load_checkpoint(str(folder), tag="engine")
         state = torch.load(folder / f"rank-{self.ranks.rank}.pt", weights_only=False)
         self.done = state["done"]
-        _restore_random_state(state["random"])
+        if self.pack.seats == [self.seat]:
+            _restore_random_state(state["random"])
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no step is under way."""
+        return self._step is None
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter, and the head where there is one, as PEFT does; plain PEFT opens it.

@@ -11,10 +11,10 @@ from deft_ray.sweep.board import MAX_ATTEMPTS, Board
 END = {"kind": "end", "status": "complete"}
 
 
-def claimed(board: Board, host: str) -> tuple[str, int]:
-    got = board.claim(host)
+def claimed(board: Board, host: str, life: int = 0) -> tuple[str, int]:
+    got = board.claim(host, life)
     assert got is not None
-    return got
+    return got[:2]
 
 
 def test_trials_are_given_out_in_order_and_once() -> None:
@@ -23,18 +23,18 @@ def test_trials_are_given_out_in_order_and_once() -> None:
         board.submit(name, f"spec of {name}")
     assert claimed(board, "h0") == ("spec of a", 1)
     assert claimed(board, "h1") == ("spec of b", 1)
-    assert board.claim("h2") is None
+    assert board.claim("h2", 0) is None
 
 
 def test_rows_are_read_from_any_number_on() -> None:
     board = Board()
     board.submit("a", "spec")
-    board.claim("h0")
+    board.claim("h0", 0)
     rows = [{"kind": "train", "step": 1}, {"kind": "eval", "step": 2}, END]
-    assert all(board.add_row("a", 1, row) for row in rows)
+    assert all(board.add_row("a", 1, row, 0.0) for row in rows)
     assert board.rows("a", 0) == rows
     assert board.rows("a", 2) == [END]
-    assert not board.add_row("a", 1, {"kind": "train", "step": 3}), "a row after the end was taken"
+    assert not board.add_row("a", 1, {"kind": "train", "step": 3}, 0.0), "a row after the end was taken"
 
 
 def test_a_lost_host_gives_its_trial_back_to_the_front() -> None:
@@ -42,21 +42,21 @@ def test_a_lost_host_gives_its_trial_back_to_the_front() -> None:
     for name in ("a", "b"):
         board.submit(name, name)
     assert claimed(board, "h0") == ("a", 1)
-    assert board.release("h0", "node lost", now=1.0) == ["a"]
+    board.release("h0", "node lost", now=1.0)
     assert claimed(board, "h1") == ("a", 2)
-    assert not board.add_row("a", 1, END), "a row of the lost attempt was taken"
+    assert not board.add_row("a", 1, END, 0.0), "a row of the lost attempt was taken"
     assert board.is_cancelled("a", 1)
     assert not board.is_cancelled("a", 2)
-    assert board.add_row("a", 2, END)
+    assert board.add_row("a", 2, END, 0.0)
 
 
 def test_a_trial_that_loses_its_hosts_again_and_again_has_failed() -> None:
     board = Board()
     board.submit("a", "a")
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        assert claimed(board, "h0") == ("a", attempt)
-        board.release("h0", "killed", now=7.0)
-    assert board.claim("h0") is None
+        assert claimed(board, "h0", attempt - 1) == ("a", attempt)
+        assert board.release("h0", "killed", now=7.0) == attempt
+    assert board.claim("h0", MAX_ATTEMPTS) is None
     cause = f"its host was lost {MAX_ATTEMPTS} times, last: killed"
     assert board.rows("a", 0) == [{"kind": "end", "status": "failed", "cause": cause, "time": 7.0}]
 
@@ -64,8 +64,8 @@ def test_a_trial_that_loses_its_hosts_again_and_again_has_failed() -> None:
 def test_releasing_a_host_without_a_trial_changes_nothing() -> None:
     board = Board()
     board.submit("a", "a")
-    assert board.release("h0", "new", now=0.0) == []
-    assert claimed(board, "h0") == ("a", 1)
+    life = board.release("h0", "new", now=0.0)
+    assert claimed(board, "h0", life) == ("a", 1)
 
 
 def test_cancelling() -> None:
@@ -77,15 +77,15 @@ def test_cancelling() -> None:
     assert claimed(board, "h0") == ("running", 1)
     board.cancel("running")
     assert board.is_cancelled("running", 1)
-    board.add_row("running", 1, END)
+    board.add_row("running", 1, END, 0.0)
     board.cancel("running")
-    assert board.claim("h0") is None
+    assert board.claim("h0", 0) is None
 
 
 def test_closing_stops_what_runs() -> None:
     board = Board()
     board.submit("a", "a")
-    board.claim("h0")
+    board.claim("h0", 0)
     board.close()
     assert board.closed
     assert board.is_cancelled("a", 1)
@@ -103,35 +103,91 @@ def test_without_hosts_waiting_and_later_trials_are_abandoned() -> None:
 def test_forget_drops_rows_of_ended_trials_only() -> None:
     board = Board()
     board.submit("a", "a")
-    board.claim("h0")
-    board.add_row("a", 1, {"kind": "train"})
+    board.claim("h0", 0)
+    board.add_row("a", 1, {"kind": "train"}, 0.0)
     board.forget("a")
     assert len(board.rows("a", 0)) == 1
-    board.add_row("a", 1, END)
+    board.add_row("a", 1, END, 0.0)
     board.forget("a")
     assert board.rows("a", 0) == []
 
 
+def test_a_question_of_workers_that_are_gone_takes_no_trial() -> None:
+    """It may be answered long after they died, and after others took their place."""
+    board = Board()
+    life = board.release("h0", "first start", now=0.0)
+    after = board.release("h0", "killed", now=0.0)
+    board.submit("a", "a")
+    assert board.claim("h0", life) is None
+    assert claimed(board, "h0", after) == ("a", 1)
+
+
+def test_all_trials_of_a_lost_host_wait_again_in_their_order() -> None:
+    board = Board()
+    for name in "abcd":
+        board.submit(name, name)
+    for _ in range(3):
+        board.claim("h0", 0)
+    board.claim("h1", 0)
+    life = board.release("h0", "killed", now=0.0)
+    assert [claimed(board, "h0", life) for _ in range(3)] == [("a", 2), ("b", 2), ("c", 2)]
+    assert board.claim("h0", life) is None, "what another host has stays there"
+
+
+def test_at_its_last_attempt_a_trial_has_a_host_to_itself() -> None:
+    """Two trials lose their host together, again and again: which of them costs it is found out by one at a time."""
+    board = Board()
+    for name in ("guilty", "innocent"):
+        board.submit(name, name)
+    for life in range(MAX_ATTEMPTS - 1):
+        assert [claim[1:] for claim in (board.claim("h0", life), board.claim("h0", life)) if claim] == [
+            (life + 1, False),
+            (life + 1, False),
+        ]
+        board.release("h0", "killed", now=0.0)
+    assert board.claim("h0", MAX_ATTEMPTS - 1) == ("guilty", MAX_ATTEMPTS, True)
+    life = board.release("h0", "killed", now=0.0)
+    assert board.claim("h0", life) == ("innocent", MAX_ATTEMPTS, True)
+    assert board.add_row("innocent", MAX_ATTEMPTS, {**END}, 0.0)
+    assert [board.rows(name, 0)[-1]["status"] for name in ("guilty", "innocent")] == ["failed", "complete"]
+
+
+def test_a_trial_that_failed_on_one_worker_takes_no_other_along() -> None:
+    """The worker is about to end; what the others say of the trials beside it, as they miss it, is not believed."""
+    board = Board()
+    for name in ("a", "b"):
+        board.submit(name, name)
+        board.claim("h0", 0)
+    assert board.add_row("a", 1, {"kind": "end", "status": "failed", "alone": True}, 0.0)
+    assert not board.add_row("b", 1, {"kind": "end", "status": "failed"}, 0.0)
+    assert board.rows("a", 0) == [{"kind": "end", "status": "failed"}]
+    assert board.claim("h0", 0) is None, "it is going"
+    assert claimed(board, "h1") == ("b", 2)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_dies_every_trial_ends_exactly_once(seed: int) -> None:
-    """Random hosts claim, finish, die: each trial gets one end row, none from a lost attempt."""
+    """Random hosts of up to three slots claim, finish, die: each trial gets one end row, none from a lost attempt."""
     dice = random.Random(seed)
-    board, busy, ends = Board(), {}, dict.fromkeys("abcdefgh", 0)
+    board, ends = Board(), dict.fromkeys("abcdefgh", 0)
+    busy: dict[str, list[tuple[str, int]]] = {f"h{number}": [] for number in range(3)}
+    lives = dict.fromkeys(busy, 0)
     for name in ends:
         board.submit(name, name)
-    for _ in range(400):
-        host = f"h{dice.randrange(3)}"
-        if host not in busy:
-            got = board.claim(host)
+    for _ in range(600):
+        host = dice.choice(list(busy))
+        mine = busy[host]
+        if len(mine) < 3 and dice.random() < 0.5:
+            got = board.claim(host, lives[host])
             if got is not None:
-                busy[host] = got
-        elif dice.random() < 0.3:
-            board.release(host, "lost", now=0.0)
-            name, attempt = busy.pop(host)
-            assert not board.add_row(name, attempt, END)
-        else:
-            name, attempt = busy.pop(host)
-            assert board.add_row(name, attempt, {**END, "attempt": attempt})
+                mine.append(got[:2])
+        elif dice.random() < 0.2:
+            lives[host] = board.release(host, "lost", now=0.0)
+            assert not any(board.add_row(name, attempt, {**END}, 0.0) for name, attempt in mine)
+            mine.clear()
+        elif mine:
+            name, attempt = mine.pop(dice.randrange(len(mine)))
+            assert board.add_row(name, attempt, {**END, "attempt": attempt}, 0.0)
     for name in ends:
         rows = board.rows(name, 0)
         assert [row["kind"] for row in rows] == ["end"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
-from deft_ray.train.host import Host, evaluation_steps, fingerprint, load_task
+from deft_ray.train.host import Host, Taken, evaluation_steps, fingerprint, load_task
+from deft_ray.train.pack import Found
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from tests.tiny import tiny_trial
@@ -33,32 +35,49 @@ class Inbox:
     """Trials from a list, rows into a list.
 
     Args:
-        trials: What to run.
+        trials: What to run; a text is answered as it is, once.
         stop_at: Ask to stop after so many steps of the host.
         kill_at: Die after so many.
+        stops: Ask a trial to stop at this number of its own steps.
     """
 
-    def __init__(self, *trials: TrialSpec, stop_at: int | None = None, kill_at: int | None = None) -> None:
-        self.trials: list[TrialSpec | str] = [*trials, "closed"]
-        self.stop_at, self.kill_at = stop_at, kill_at
-        self.attempt, self.steps, self.followed = 0, 0, list[str]()
-        self.rows: list[Row] = []
+    def __init__(
+        self,
+        *trials: TrialSpec | Taken | str,
+        stop_at: int | None = None,
+        kill_at: int | None = None,
+        stops: dict[str, int] | None = None,
+    ) -> None:
+        self.trials: list[TrialSpec | Taken | str] = [*trials, "closed"]
+        self.stop_at, self.kill_at, self.stops = stop_at, kill_at, stops or {}
+        self.steps, self.followed = 0, list[str]()
+        self.stepped = Counter[str]()
+        self.sent: list[tuple[str, Row]] = []
 
-    def next_trial(self) -> TrialSpec | str:
-        return self.trials.pop(0)
+    def next_trial(self, wait: bool) -> Taken | str:
+        found = self.trials.pop(0)
+        return Taken(found) if isinstance(found, TrialSpec) else found
 
-    def follow(self, trial: str, attempt: int) -> None:
-        assert attempt == self.attempt
-        self.followed.append(trial)
+    def follow(self, taken: Taken) -> None:
+        self.followed.append(taken.trial.trial)
 
-    def stop_requested(self) -> bool:
+    def stop_requested(self, trial: str) -> bool:
         self.steps += 1
+        self.stepped[trial] += 1
         if self.steps == self.kill_at:
             raise Killed
-        return self.steps == self.stop_at
+        return self.steps == self.stop_at or self.stepped[trial] == self.stops.get(trial)
 
-    def send(self, row: Row) -> None:
-        self.rows.append(row)
+    def send(self, trial: str, row: Row) -> None:
+        assert trial in self.followed
+        self.sent.append((trial, row))
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for _, row in self.sent]
+
+    def rows_of(self, trial: str) -> list[Row]:
+        return [row for sender, row in self.sent if sender == trial]
 
     @property
     def kinds(self) -> list[str]:
@@ -192,14 +211,14 @@ def test_a_trial_that_breaks_in_a_step_is_a_row_and_the_next_one_runs(
 ) -> None:
     good = trial(trial="t0002", adapter__lora_dropout=0.1)
     want = serve(Inbox(good))[-1]
-    step = Slot.step
+    take = Slot.take
 
-    def breaks(slot: Slot, measure: bool = False) -> Any:
+    def breaks(slot: Slot, found: Found) -> Any:
         if slot.trial.trial == "t0001" and slot.done == 2:
             raise RuntimeError("CUDA out of memory")
-        return step(slot, measure)
+        return take(slot, found)
 
-    monkeypatch.setattr(Slot, "step", breaks)
+    monkeypatch.setattr(Slot, "take", breaks)
     rows = serve(Inbox(trial(trial="t0001"), good))
 
     failed = next(row for row in rows if row["kind"] == "end")

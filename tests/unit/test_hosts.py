@@ -22,7 +22,9 @@ def test_workers_with_gpus_talk_over_nccl(monkeypatch: pytest.MonkeyPatch, gpus:
             asked["fitted"] = True
 
     monkeypatch.setattr(hosts, "_HostTrainer", Trainer)
-    settings = hosts.HostSettings("run", "/s", "/c", ModelSection(), workers=3, cpus=2, gpus=gpus, shared_ray=False)
+    settings = hosts.HostSettings(
+        "run", "/s", "/c", ModelSection(), workers=3, cpus=2, gpus=gpus, slots=1, shared_ray=False
+    )
     hosts.HostThread(0, settings, dispatcher=None).run()
 
     assert asked["fitted"]

@@ -64,6 +64,7 @@ def together(specs: Sequence[TrialSpec], starts: Sequence[int], base: Base, rank
                 slots[place] = Slot(spec, base, load_task(spec.task, spec.data, base), ranks, pack=pack)
         results = step_together([(slot, False) for slot in slots.values()]) if slots else []
         for (place, slot), result in list(zip(slots.items(), results, strict=True)):
+            assert not isinstance(result, Exception)
             if result is not None:
                 losses[place].append(result.task_loss)
             if slot.done == slot.steps:

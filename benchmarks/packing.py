@@ -1,0 +1,164 @@
+"""Several trials in one pass of a frozen base, beside one after the other.
+
+    python benchmarks/packing.py [--shape base] [--quantization nf4] [--dtype float32] [--rounds 9]
+
+A T5 with random weights, batches without padding, LoRA on every linear layer and the density loss, AdamW under
+DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that runs one trial at a time, and all
+slots step in one pass. For ``routing``, four slots with a quarter of a batch each step in one pass, and one slot with
+the whole batch. Ratios are taken within a round. On a GPU, peak memory of a step is stored too.
+
+Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from density_loss import ratio, timed
+from shapes import SHAPES, VOCABULARY, build_t5
+from store import store, summary
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from deft_ray.models.base import Base
+from deft_ray.models.families import FAMILIES, find_sites
+from deft_ray.spec.catalog import find_task
+from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
+from deft_ray.tasks.encoding import EncodedTask, Example
+from deft_ray.train.pack import Pack
+from deft_ray.train.ranks import start_single
+from deft_ray.train.slot import Slot, step_together
+
+SLOTS = (1, 2, 4, 8)
+TASK = "nano-sentiment"
+
+
+class Bench:
+    """A base and slots on it.
+
+    Args:
+        asked: Of the command line.
+    """
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.ranks = start_single()
+        dtype = getattr(torch, asked.dtype)
+        model = build_t5(asked.shape, quantization=asked.quantization, dtype=dtype, device=self.ranks.device)
+        family = FAMILIES["t5"]
+        sites = find_sites(model, family)
+        self.base = Base(model, None, family, sites, asked.dtype, type(sites[0].module).__name__)
+
+    def measure(self, slots: int, rows: int, ways: dict[str, Callable[[list[Slot]], None]]) -> dict[str, Any]:
+        """Time ways to step so many slots, in turn; with the peak memory of each on a GPU."""
+        pack = Pack(self.base)
+        opened = [
+            Slot(self.trial(number, rows), self.base, self.data(number, rows), self.ranks, pack=pack)
+            for number in range(slots)
+        ]
+        seconds, peaks = {way: list[float]() for way in ways}, dict[str, float]()
+        for number in range(self.asked.rounds + 1):
+            for way, step in ways.items():
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+                took = timed(lambda step=step: step(opened), self.ranks.device)
+                if number:
+                    seconds[way].append(took)
+                if torch.cuda.is_available():
+                    peaks[way] = torch.cuda.max_memory_allocated() / 2**30
+        for slot in opened:
+            slot.close()
+        return {"s": {way: summary(times) for way, times in seconds.items()}, "peak_gib": peaks, "raw": seconds}
+
+    def trial(self, number: int, rows: int) -> TrialSpec:
+        """Return a trial that differs from the others in its seed, α and ε."""
+        asked = self.asked
+        return TrialSpec(
+            trial=f"t{number:04d}",
+            task=TASK,
+            seed=number,
+            baseline=False,
+            model=ModelSection(family="t5", quantization=asked.quantization, dtype=asked.dtype),
+            data=DataSection(tasks=[TASK]),
+            adapter=AdapterSection(r=16, lora_alpha=32.0),
+            deft=DeftSection(alpha=0.1 * (number + 1), epsilon=10.0 ** -(number % 4 + 3)),
+            train=TrainSection(
+                steps=10**6, batch_size=rows, learning_rate=1e-5, gradient_checkpointing=asked.checkpointing
+            ),
+        )
+
+    def data(self, number: int, rows: int) -> EncodedTask:
+        """Return examples of one length."""
+        dice = random.Random(number)
+
+        def tokens(count: int) -> list[int]:
+            return [dice.randrange(3, VOCABULARY) for _ in range(count)]
+
+        examples = [Example(tokens(self.asked.source), tokens(self.asked.target), 0.0) for _ in range(4 * rows)]
+        return EncodedTask(find_task(TASK, DataSection(tasks=[TASK])), examples, examples[:1], [], [])
+
+
+def one_by_one(slots: list[Slot]) -> None:
+    """Step every slot in a pass of its own."""
+    for slot in slots:
+        check(step_together([(slot, False)]))
+
+
+def together(slots: list[Slot]) -> None:
+    """Step all slots in one pass, whatever it is expected to cost."""
+    slots[0].pack.cost.groups = lambda sizes: [list(range(len(sizes)))]  # type: ignore[method-assign]
+    check(step_together([(slot, False) for slot in slots]))
+
+
+def check(results: list[Any]) -> None:
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+def main() -> None:
+    """Measure all of it and store it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="base")
+    parser.add_argument("--quantization", choices=("none", "nf4"), default="nf4")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--source", type=int, default=64, help="tokens of a source")
+    parser.add_argument("--target", type=int, default=4, help="tokens of an answer")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    asked = parser.parse_args()
+    began, bench = time.perf_counter(), Bench(asked)
+    per_slots = []
+    for slots in SLOTS:
+        found = bench.measure(slots, asked.rows, {"one_by_one": one_by_one, "together": together})
+        raw = found.pop("raw")
+        tokens = slots * asked.rows * (asked.source + asked.target)
+        per_slots.append(
+            {
+                "slots": slots,
+                **found,
+                "one_by_one_over_together": ratio(raw["one_by_one"], raw["together"]),
+                "tokens_per_s": {way: tokens / times["median"] for way, times in found["s"].items()},
+            }
+        )
+        print(slots, per_slots[-1]["one_by_one_over_together"], flush=True)
+    parts = bench.measure(4, asked.rows // 4, {"together": together})
+    whole = bench.measure(1, asked.rows, {"one_by_one": one_by_one})
+    # slots of the two cannot be on the base at once, so these medians are of two turns, one behind the other
+    routing = {"slots": 4, "s": {"four_quarters": parts["s"]["together"], "one_whole": whole["s"]["one_by_one"]}}
+    routing["ratio_of_medians"] = parts["s"]["together"]["median"] / whole["s"]["one_by_one"]["median"]
+    store(
+        f"packing_{asked.shape}_{asked.quantization}_{asked.dtype}_{'gpu' if torch.cuda.is_available() else 'cpu'}",
+        {"settings": vars(asked), "wall_s": time.perf_counter() - began, "steps": per_slots, "routing": routing},
+    )
+
+
+if __name__ == "__main__":
+    main()
