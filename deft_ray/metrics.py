@@ -46,7 +46,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("learning_rate", "1", "none", "learning rate of the step"),
     Metric("trainable_share", "fraction", "none", "trainable parameters over all parameters"),
     Metric("startup_s", "s", "down", "from taking the trial to its first training step"),
-    Metric("train_s", "s", "down", "training steps"),
+    Metric("train_s", "s", "down", "training steps; of passes that trials share, its part"),
     Metric("eval_s", "s", "down", "evaluations"),
     Metric("wall_s", "s", "down", "from taking the trial to its last row"),
     Metric("peak_memory_gib", "GiB", "down", "peak memory of the fullest worker"),

@@ -30,6 +30,7 @@ class Plan:
         hosts: Worker groups.
         workers: Workers of a host.
         slots: Trials that train at once.
+        packing: Why fewer share a base than were asked for, or when they take turns; None where they all can.
         resources: Of one worker, in words.
         output: Run directory.
         storage: Where checkpoints go.
@@ -50,6 +51,7 @@ class Plan:
     hosts: int
     workers: int
     slots: int
+    packing: str | None
     resources: str
     output: str
     storage: str
@@ -91,6 +93,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         hosts=hosts,
         workers=resources.workers_per_host,
         slots=_slots(spec, hosts),
+        packing=packing_of(spec)[1],
         resources=f"{resources.cpus_per_worker} CPU" + (f", {gpus} GPU" if gpus else ""),
         output=output,
         storage=spec.storage or output,
@@ -116,9 +119,30 @@ def count_hosts(spec: SweepSpec, machine: Machine) -> int:
     return max(1, room)
 
 
+def packing_of(spec: SweepSpec) -> tuple[int, str | None]:
+    """Return how many trials share a host's base, and what stands against as many as were asked for, or None."""
+    asked = spec.resources.slots_per_host
+    if asked == 1:
+        return 1, None
+    kind, stage = ("" if leaf in spec.space else value for leaf, value in _that_decide(spec).items())
+    if kind in ("prefix", "prompt"):
+        return 1, f"one at a time on each base: {kind} tuning changes what all rows attend to"
+    if stage == 3:
+        return 1, "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)"
+    tasks = [find_task(name, spec.data) for name in spec.data.tasks]
+    if spec.model.family != "t5" and len({len(task.labels) for task in tasks}) > 1:
+        return asked, "trials of tasks with unlike heads take turns"
+    return asked, None
+
+
+def _that_decide(spec: SweepSpec) -> dict[str, Any]:
+    """Leaves that keep a trial from sharing a base; one that is searched is found out trial by trial."""
+    return {"adapter.kind": spec.adapter.kind, "train.zero_stage": spec.train.zero_stage}
+
+
 def _slots(spec: SweepSpec, hosts: int) -> int:
     """Trials at once: of a path one, however many hosts there are."""
-    slots = hosts * spec.resources.slots_per_host
+    slots = hosts * packing_of(spec)[0]
     return slots if spec.search.path is None else min(slots, len(spec.data.tasks) * len(spec.search.seeds))
 
 
@@ -133,13 +157,14 @@ def format_plan(plan: Plan) -> str:
     kind = "sampled"
     if plan.path_share is not None:
         kind, length = "on paths of rising α", f"{length}, on a path {plan.path_share:g} of that"
+    why = "" if plan.packing is None else f" ({plan.packing})"
     rows = [
         ("sweep", plan.name),
         ("model", plan.model),
         ("tasks", ", ".join(f"{name} ({metric})" for name, metric in zip(plan.tasks, plan.metrics, strict=True))),
         ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} {kind}, {length}"),
         ("seeds", ", ".join(map(str, plan.seeds)) + _further(plan.front_seeds)),
-        ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once"),
+        ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once{why}"),
         ("run directory", plan.output),
         ("checkpoints", plan.storage),
         ("MLflow", plan.tracking),

@@ -211,7 +211,7 @@ class BudgetSection(Section):
 
     Args:
         wall_hours: Hours since the command was started; a resumed sweep has them anew.
-        gpu_hours: Hours of trials times the GPUs of a host.
+        gpu_hours: Hours of trials times the GPUs of a host; of trials that share passes, each one's part of them.
         steps: Training steps of all trials.
         stall_trials: Sampled points of each task in a row by which no hypervolume has grown by ``stall_growth``.
         stall_growth: In units of the hypervolume, which is at most 1 with the default reference point.
@@ -225,7 +225,15 @@ class BudgetSection(Section):
 
 
 class ResourcesSection(Section):
-    """Hosts: worker groups that each hold one copy of the base and serve trials."""
+    """Hosts: worker groups that each hold one copy of the base and serve trials.
+
+    Args:
+        hosts: Worker groups; ``auto`` for as many as there is room for.
+        workers_per_host: Workers of each.
+        cpus_per_worker: CPUs of each.
+        gpus_per_worker: GPUs of each; None for one where there are any.
+        slots_per_host: Trials that train at once on one base, in passes that they share where that costs less.
+    """
 
     hosts: Positive | Literal["auto"] = 1
     workers_per_host: Positive = 1

@@ -37,7 +37,8 @@ class Budget:
         budget, hours = self._budget, (time.time() - self._began) / 3600
         if budget.wall_hours is not None and hours >= budget.wall_hours:
             return f"budget.wall_hours = {budget.wall_hours:g} is spent"
-        gpu_hours = sum(record.wall_s for record in records) * self.gpus / 3600
+        busy_s = sum(sum(record.times.values()) or record.wall_s for record in records)
+        gpu_hours = busy_s * self.gpus / 3600
         if budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours:
             return f"budget.gpu_hours = {budget.gpu_hours:g} is spent ({gpu_hours:.1f})"
         steps = sum(record.steps for record in records)

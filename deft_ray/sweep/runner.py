@@ -17,7 +17,7 @@ from typing import Any
 from deft_ray.errors import BaselineError, SetupError
 from deft_ray.models.folder import check_model_folder
 from deft_ray.spec.catalog import FAMILY_KINDS, NANO, find_task, own_file
-from deft_ray.spec.plan import Plan, build_plan, count_hosts, gpus_per_worker
+from deft_ray.spec.plan import Plan, build_plan, count_hosts, gpus_per_worker, packing_of
 from deft_ray.spec.rules import Machine, this_machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.run_dir import RunDir
@@ -220,7 +220,7 @@ class _Sweep:
                 thread.start()
             try:
                 with _terminated_as_interrupted():
-                    self._tune(dispatcher, near_driver, storage, count * self.spec.resources.slots_per_host)
+                    self._tune(dispatcher, near_driver, storage, count * settings.slots)
             finally:
                 self._tuned.set()
                 watch.join()
@@ -299,7 +299,7 @@ class _Sweep:
             workers=resources.workers_per_host,
             cpus=resources.cpus_per_worker,
             gpus=gpus_per_worker(self.spec, machine.gpus),
-            slots=resources.slots_per_host,
+            slots=packing_of(self.spec)[0],
             shared_ray=self.address is not None,
         )
         return settings, count_hosts(self.spec, machine)

@@ -44,6 +44,15 @@ def test_hours_of_gpus_are_those_of_all_trials_and_workers() -> None:
     assert budget.spent([ended(0.5, n) for n in range(2)]) == "budget.gpu_hours = 4 is spent (4.0)"
 
 
+def test_gpu_hours_of_trials_that_share_passes_are_their_parts() -> None:
+    """Four trials, an hour side by side on one GPU: one hour, not four."""
+    budget = make_budget(gpu_hours=1.5)
+    budget.gpus = 1
+    beside = [ended(0.5, n, wall_s=3600.0, times={"train_s": 700.0, "eval_s": 200.0}) for n in range(4)]
+    assert budget.spent(beside) is None
+    assert budget.spent([*beside, *beside]) == "budget.gpu_hours = 1.5 is spent (2.0)"
+
+
 def test_steps_of_pruned_trials_count_as_many_as_were_trained() -> None:
     budget = make_budget(steps=25)
     assert budget.spent([ended(0.5, 0), ended(0.5, 1), ended(0.5, 2, status="pruned", steps=4)]) is None

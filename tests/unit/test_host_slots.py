@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
 
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
@@ -22,7 +23,7 @@ from deft_ray.train.host import Host, Taken
 from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
-from tests.slots import worst
+from tests.slots import start_worker, worst
 from tests.tiny import tiny_trial
 from tests.unit.test_host import Inbox, Killed, Row, hook_count
 
@@ -424,3 +425,70 @@ def test_full_slots_leave_nothing_on_the_base(base: Base, mixed: list[TrialSpec]
     assert {name for name, _ in base.model.named_modules()} == names
     assert not any("forward" in vars(module) for module in base.model.modules())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base.model.parameters())
+
+
+def work(rank: int, folder: Path, trials: list[TrialSpec]) -> None:
+    """One of two workers of a host: with one slot, then with three. Reductions are in float32, so this is too."""
+    ranks = start_worker(rank, 2, folder)
+    base = load_base(trials[0].model.name, "t5")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(PassCost, "groups", lambda _cost, sizes: [list(range(len(sizes)))])
+    passes: list[int] = []
+    run = Pack.run
+    monkeypatch.setattr(Pack, "run", lambda pack, shares: (passes.append(len(shares)), run(pack, shares))[1])
+    for slots in (1, 3):
+        passes.clear()
+        inbox = Inbox(*trials, stops={trials[1].trial: 2})
+        Host(base, ranks, inbox, str(folder / f"{slots}"), "h0", slots).serve()
+        assert max(passes) == slots
+        assert set(inbox.followed) == {trial.trial for trial in trials}
+        if ranks.leads:
+            torch.save(inbox.sent, folder / f"{slots}.pt")
+        else:
+            assert not inbox.sent
+    monkeypatch.undo()
+
+
+def test_two_workers_with_three_slots_leave_what_they_leave_with_one(mixed: list[TrialSpec], tmp_path: Path) -> None:
+    """Among them one that is stopped, one that diverges, one that cannot start, and one that cannot share the base."""
+
+    def changed(trial: TrialSpec, name: str, **sections: dict[str, Any]) -> TrialSpec:
+        train = {"learning_rate": 1e-3, **sections.pop("train", {})}
+        return trial.model_copy(
+            update={
+                "trial": name,
+                "train": trial.train.model_copy(update=train),
+                "deft": trial.deft.model_copy(update={"epsilon": 1e-2}),
+                **{section: getattr(trial, section).model_copy(update=leaves) for section, leaves in sections.items()},
+            }
+        )
+
+    trials = [
+        changed(mixed[0], "plain"),
+        changed(mixed[1], "stopped", train={"zero_stage": 2}),
+        changed(mixed[5], "parts", train={"batch_size": 8, "micro_batch_size": 2, "zero_stage": 1}),
+        changed(mixed[1], "wild", train={"learning_rate": 1e30, "warmup_share": 0.0}),
+        changed(mixed[1], "lost", data={"dir": "/nowhere"}),
+        changed(mixed[2], "sharded", train={"zero_stage": 3}),
+        changed(mixed[4], "question"),
+    ]
+    spawn(work, args=(tmp_path, trials), nprocs=2)
+    one, three = (torch.load(tmp_path / f"{slots}.pt", weights_only=False) for slots in (1, 3))
+
+    for trial in trials:
+        got, want = ([row for sender, row in sent if sender == trial.trial] for sent in (three, one))
+        assert [(row["kind"], row.get("step"), row.get("status")) for row in got] == [
+            (row["kind"], row.get("step"), row.get("status")) for row in want
+        ]
+        if trial.trial == "wild":
+            continue
+        for row, other in zip(got, want, strict=True):
+            for name in ("loss", "density_loss", "density"):
+                check_close(row, other, name, rel=1e-4)
+    statuses = {sender: row["status"] for sender, row in three if row["kind"] == "end"}
+    assert statuses == {
+        **dict.fromkeys(("plain", "parts", "sharded", "question"), "complete"),
+        "stopped": "stopped",
+        "wild": "diverged",
+        "lost": "failed",
+    }

@@ -70,6 +70,43 @@ def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
 
 
 @pytest.mark.parametrize(
+    ("sections", "slots", "why"),
+    [
+        ({}, 8, None),
+        ({"adapter": {"kind": "bottleneck"}}, 8, None),
+        (
+            {"adapter": {"kind": "prefix"}},
+            2,
+            "one at a time on each base: prefix tuning changes what all rows attend to",
+        ),
+        (
+            {"adapter": {"kind": "prompt"}},
+            2,
+            "one at a time on each base: prompt tuning changes what all rows attend to",
+        ),
+        ({"adapter": {"kind": {"choice": ["lora", "prompt"]}}, "baseline": {"adapter.kind": "lora"}}, 8, None),
+        (
+            {"train": {"steps": 1, "zero_stage": 3}},
+            2,
+            "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)",
+        ),
+        ({"data": {"tasks": ["sst2", "mnli"]}}, 8, None),
+        (
+            {"data": {"tasks": ["sst2", "mnli"]}, "model": {"name": "b", "family": "bert"}},
+            8,
+            "trials of tasks with unlike heads take turns",
+        ),
+        ({"data": {"tasks": ["sst2", "rte"]}, "model": {"name": "b", "family": "bert"}}, 8, None),
+    ],
+)
+def test_slots_of_a_host_and_what_cannot_share_it(sections: dict[str, Any], slots: int, why: str | None) -> None:
+    plan = plan_of(resources={"hosts": 2, "slots_per_host": 4}, **sections)
+    assert (plan.slots, plan.packing) == (slots, why)
+    assert f"; {slots} trials at once" + (f" ({why})" if why else "") + "\n" in format_plan(plan)
+    assert plan_of(resources={"hosts": 2}, **sections).packing is None, "nobody asked"
+
+
+@pytest.mark.parametrize(
     ("train", "steps", "words"),
     [
         ({"steps": 1200}, 1200, "1,200 steps each"),
