@@ -63,9 +63,13 @@ class Board:
         """
         if not self._waiting or life != self._lives.get(host, 0):
             return None
-        entry = self.entries[self._waiting.popleft()]
+        entry = self.entries[self._waiting[0]]
+        apart = entry.attempt + 1 >= MAX_ATTEMPTS
+        if apart and any(other.host == host for other in self.entries.values()):
+            return None  # nor does the host get another: it is to become free
+        self._waiting.popleft()
         entry.state, entry.host, entry.attempt = "running", host, entry.attempt + 1
-        return entry.trial, entry.attempt, entry.attempt >= MAX_ATTEMPTS
+        return entry.trial, entry.attempt, apart
 
     def add_row(self, trial: str, attempt: int, row: Row, now: float) -> bool:
         """Take a row; False if it comes from a lost attempt, or after the end.

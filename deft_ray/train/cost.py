@@ -84,9 +84,10 @@ class PassCost:
 
     def _fit(self) -> tuple[float, float]:
         """Seconds of a pass and of each of its tokens: the median of the slopes between any two passes (Theil, Sen)."""
-        tokens, seconds = zip(*(each for passes in self._seen.values() for each in passes), strict=True)
-        if len(set(tokens)) < 2:
+        seen = [each for passes in self._seen.values() for each in passes]
+        if len({tokens for tokens, _ in seen}) < 2:
             return 1.0, 0.0
+        tokens, seconds = zip(*seen, strict=True)
         with np.errstate(invalid="ignore"):  # of its confidence interval, which nobody asked for
             slope, fixed, *_ = theilslopes(seconds, tokens)
         return max(float(fixed), 0.0), max(float(slope), 0.0)

@@ -36,7 +36,7 @@ from deft_ray.tasks.images import class_names
 from deft_ray.tasks.rows import hold_out, load_beside, load_rows
 from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.pack import Pack
-from deft_ray.train.ranks import Ranks
+from deft_ray.train.ranks import Ranks, is_about_company
 from deft_ray.train.slot import Slot, StepResult, step_together
 from deft_ray.train.storage import TrialStorage
 
@@ -233,9 +233,11 @@ class Host:
         """Free a trial's slot."""
         self._littered = True
         self._runs.remove(run)
-        run.slot.close()
-        if error is not None:
-            self._fail(run.trial.trial, run.started, error)
+        try:
+            if error is not None:
+                self._fail(run.trial.trial, run.started, error)
+        finally:
+            run.slot.close()
 
     def _tidy(self) -> None:
         """Give memory back that trials have left, once nobody looks at them any more."""
@@ -250,10 +252,14 @@ class Host:
         """Send the last row of a trial that raised.
 
         Raises:
-            Exception: The trial's own, where it failed on some workers only.
+            Exception: The trial's own, where the workers cannot go on: it failed on some of them only, or their GPU
+                computes no more. Without a row where it is about a worker that was lost, for which no trial can help.
         """
         self._littered = True
-        alone = not self.ranks.all_failed()
+        alone = not self.ranks.all_failed() or len(set(self.ranks.gather(trial))) > 1
+        if alone and is_about_company(error):
+            raise error
+        alone = alone or isinstance(error, torch.AcceleratorError)
         if self.ranks.leads or alone:
             status = "diverged" if isinstance(error, FloatingPointError) else "failed"
             cause = "".join(traceback.format_exception(error))

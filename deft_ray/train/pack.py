@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -216,6 +217,9 @@ class Pack:
         A pass that memory does not hold is tried again with one share less, and no pass has as many from then on. One
         that fails otherwise is tried again share by share, as a single one may be the cause. Nothing that slots keep
         has changed by then.
+
+        Raises:
+            torch.AcceleratorError: If a pass of several slots left a GPU that computes no more.
         """
         found: dict[int, Found | Exception] = {}
         waiting = self.cost.groups([share.size for share in shares])
@@ -227,7 +231,10 @@ class Pack:
             except Exception as error:  # whatever it was: it is a slot's own, or the pass is made smaller
                 failed = True
                 if len(now) == 1:
+                    traceback.clear_frames(error.__traceback__)  # they hold the pass
                     found[now[0]] = error
+                elif isinstance(error, torch.AcceleratorError):
+                    raise
                 elif is_out_of_memory(error):
                     self.limit = len(now) - 1
                     _log.warning("memory holds no pass of %d slots: %d at most from now on", len(now), self.limit)
@@ -239,7 +246,7 @@ class Pack:
             waiting[:0] = [later] if later else []
             if failed and torch.cuda.is_available():  # the pass that failed is let go by now
                 torch.cuda.empty_cache()
-        return [found[place] for place in range(len(shares))]
+        return [found.pop(place) for place in range(len(shares))]  # an error that is kept here would keep this frame
 
     def _timed(self, shares: Sequence[Share]) -> list[Found]:
         began = time.perf_counter()

@@ -81,6 +81,11 @@ class Ranks:
         return True
 
 
+def is_about_company(error: Exception) -> bool:
+    """Tell whether an error is about a worker that does not answer: torch has a type for some, gloo and NCCL texts."""
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo/", "NCCL"))
+
+
 def start_single() -> Ranks:
     """Start a process group of one, for a slot without Ray: a test, a profile, a benchmark."""
     for name in ("RANK", "LOCAL_RANK"):

@@ -113,10 +113,25 @@ def step_together(slots: Sequence[tuple[Slot, bool]]) -> list[StepResult | Excep
         shares = [_caught(partial(slot.share, measure)) for slot, measure in slots]
         sound = [share for share in shares if isinstance(share, Share)]
         found = iter(slots[0][0].pack.run_apart(sound))
-        each = [next(found) if isinstance(share, Share) else share for share in shares]
+        each = _agreed([next(found) if isinstance(share, Share) else share for share in shares], slots[0][0].ranks)
     return [
         mine if isinstance(mine, Exception) else _caught(partial(slot.take, mine))
         for (slot, _), mine in zip(slots, each, strict=True)
+    ]
+
+
+def _agreed(found: list[Found | Exception], ranks: Ranks) -> list[Found | Exception]:
+    """Let a slot that has failed on one rank fail on all of them, before they reduce its gradients together."""
+    if not any(ranks.maximum(*(int(isinstance(mine, Exception)) for mine in found))):
+        return found
+    told = ranks.gather([repr(mine) if isinstance(mine, Exception) else None for mine in found])
+    causes = [
+        next((f"worker {rank}: {text[place]}" for rank, text in enumerate(told) if text[place]), None)
+        for place in range(len(found))
+    ]
+    return [
+        mine if cause is None or isinstance(mine, Exception) else RuntimeError(cause)
+        for mine, cause in zip(found, causes, strict=True)
     ]
 
 
@@ -164,13 +179,15 @@ class Slot:
         )
         self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed, lengths)
         before = _random_state() if self.pack.seats else None
-        seed_everything(trial.seed)
-        with ExitStack() as undo:
-            self._build(undo, start)
-            self._undo = undo.pop_all()
-        if before is not None:  # dropout goes on as it was for the slots that are there
-            _restore_random_state(before)
-        elif not ranks.leads:
+        try:
+            seed_everything(trial.seed)
+            with ExitStack() as undo:
+                self._build(undo, start)
+                self._undo = undo.pop_all()
+        finally:
+            if before is not None:  # dropout goes on as it was for the slots that are there
+                _restore_random_state(before)
+        if before is None and not ranks.leads:
             seed_everything(trial.seed * 1_000_003 + ranks.rank)
         self.model.train()
 

@@ -152,6 +152,24 @@ def test_at_its_last_attempt_a_trial_has_a_host_to_itself() -> None:
     assert [board.rows(name, 0)[-1]["status"] for name in ("guilty", "innocent")] == ["failed", "complete"]
 
 
+def test_a_suspect_is_not_given_to_a_host_that_another_trial_may_cost() -> None:
+    """Such a host gets nothing else either, so that it becomes free; an idle one takes the suspect at once."""
+    board = Board()
+    board.submit("suspect", "suspect")
+    for life in range(MAX_ATTEMPTS - 1):
+        board.claim("h0", life)
+        board.release("h0", "killed", now=0.0)
+    for name in ("busy", "later"):
+        board.submit(name, name)
+    board.entries["busy"].state, board.entries["busy"].host, board.entries["busy"].attempt = "running", "h1", 1
+    board._waiting.remove("busy")
+    assert board.claim("h1", 0) is None
+    board.release("h1", "killed", now=0.0)
+    assert board.entries["suspect"].state == "waiting", "it was not aboard"
+    assert [claimed(board, "h1", 1), claimed(board, "h2")] == [("busy", 2), ("suspect", MAX_ATTEMPTS)]
+    assert claimed(board, "h1", 1) == ("later", 1)
+
+
 def test_a_trial_that_failed_on_one_worker_takes_no_other_along() -> None:
     """The worker is about to end; what the others say of the trials beside it, as they miss it, is not believed."""
     board = Board()

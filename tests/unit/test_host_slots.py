@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,44 @@ def test_a_trial_that_memory_does_not_hold_alone_fails(
     check_equal(packed, alone, small)
 
 
+def test_a_pass_that_memory_did_not_hold_is_let_go_before_the_next(
+    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, left = Pack._losses, list[weakref.ref[torch.Tensor]]()
+    monkeypatch.setattr(PassCost, "groups", lambda _cost, sizes: [[place] for place in range(len(sizes))])
+
+    def full(pack: Pack, shares: Sequence[Share], *rest: Any) -> Any:
+        assert not any(tensor() is not None for tensor in left)
+        if shares[0].batch.rows == 5:
+            activations = torch.zeros(3)
+            left.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(pack, shares, *rest)
+
+    monkeypatch.setattr(Pack, "_losses", full)
+    large = mixed[0].model_copy(update={"train": mixed[0].train.model_copy(update={"batch_size": 5})})
+    inbox = serve(Inbox(large, mixed[1], mixed[2]), 3)
+    assert len(left) == 1
+    assert [end_of(inbox, trial)["status"] for trial in (large, *mixed[1:3])] == ["failed", "complete", "complete"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_gpu_that_computes_no_more_ends_the_host(
+    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Of several slots in the pass none is blamed; a slot by itself is, and the others are to begin again."""
+
+    def broken(_pack: Pack, _shares: Sequence[Share], *_rest: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(Pack, "_losses", broken)
+    inbox = Inbox(*mixed[: 3 if together else 1])
+    with pytest.raises(torch.AcceleratorError):
+        serve(inbox, 3)
+    ends = [(sender, row["status"], row["alone"]) for sender, row in inbox.sent]
+    assert ends == ([] if together else [(mixed[0].trial, "failed", True)])
+
+
 @pytest.mark.parametrize(
     "lonely",
     [
@@ -436,6 +475,14 @@ def work(rank: int, folder: Path, trials: list[TrialSpec]) -> None:
     passes: list[int] = []
     run = Pack.run
     monkeypatch.setattr(Pack, "run", lambda pack, shares: (passes.append(len(shares)), run(pack, shares))[1])
+    share = Slot.share
+
+    def torn(slot: Slot, measure: bool) -> Share:
+        if slot.trial.trial == "torn" and slot.done == 1 and not ranks.leads:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return share(slot, measure)
+
+    monkeypatch.setattr(Slot, "share", torn)
     for slots in (1, 3):
         passes.clear()
         inbox = Inbox(*trials, stops={trials[1].trial: 2})
@@ -450,7 +497,7 @@ def work(rank: int, folder: Path, trials: list[TrialSpec]) -> None:
 
 
 def test_two_workers_with_three_slots_leave_what_they_leave_with_one(mixed: list[TrialSpec], tmp_path: Path) -> None:
-    """Among them one that is stopped, one that diverges, one that cannot start, and one that cannot share the base."""
+    """Among them some that are stopped, diverge, cannot start, cannot share the base, and fail on one worker only."""
 
     def changed(trial: TrialSpec, name: str, **sections: dict[str, Any]) -> TrialSpec:
         train = {"learning_rate": 1e-3, **sections.pop("train", {})}
@@ -469,6 +516,7 @@ def test_two_workers_with_three_slots_leave_what_they_leave_with_one(mixed: list
         changed(mixed[5], "parts", train={"batch_size": 8, "micro_batch_size": 2, "zero_stage": 1}),
         changed(mixed[1], "wild", train={"learning_rate": 1e30, "warmup_share": 0.0}),
         changed(mixed[1], "lost", data={"dir": "/nowhere"}),
+        changed(mixed[1], "torn"),
         changed(mixed[2], "sharded", train={"zero_stage": 3}),
         changed(mixed[4], "question"),
     ]
@@ -491,4 +539,8 @@ def test_two_workers_with_three_slots_leave_what_they_leave_with_one(mixed: list
         "stopped": "stopped",
         "wild": "diverged",
         "lost": "failed",
+        "torn": "failed",
     }
+    assert "worker 1: OutOfMemoryError" in next(
+        row["cause"] for sender, row in three if sender == "torn" and "cause" in row
+    )

@@ -220,6 +220,20 @@ def test_another_slot_moves_no_dropout(trial: Trial, base_of: Any, ranks: Ranks)
         each.close()
 
 
+@pytest.mark.parametrize("leaves", [{"adapter__kind": "prefix"}, {"adapter__target_modules": ["nowhere"]}], ids=str)
+def test_a_slot_that_cannot_be_opened_moves_no_dropout(
+    trial: Trial, base_of: Any, ranks: Ranks, leaves: dict[str, Any]
+) -> None:
+    spec, refused = trial("t5", "sst2"), trial("t5", "sst2", trial="t0001", seed=7, **leaves)
+    base, pack = base_of(spec), Pack(base_of(spec))
+    slot = Slot(spec, base, load_task("sst2", spec.data, base), ranks, pack=pack)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"virtual tokens|nowhere"):
+        Slot(refused, base, load_task("sst2", spec.data, base), ranks, pack=pack)
+    assert torch.equal(torch.get_rng_state(), before)
+    slot.close()
+
+
 def test_a_seat_that_cannot_be_taken_leaves_no_trace(
     trial: Trial, base_of: Any, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,3 +71,8 @@ def test_one_slot_is_one_pass_and_none_is_none() -> None:
     cost = PassCost()
     assert cost.groups([Size(8, 10, 2)]) == [[0]]
     assert cost.groups([]) == []
+
+
+def test_where_no_pass_has_gone_through_nothing_is_known() -> None:
+    cost, sizes = PassCost(), [Size(8, 10, 2), Size(8, 60, 2)]
+    assert [cost.groups(sizes) for _ in range(3 * TRIED)][TRIED:] == [[[0, 1]]] * 2 * TRIED
