@@ -199,8 +199,9 @@ class Host:
     def _train(self, runs: list[_Run]) -> None:
         began = time.monotonic()
         results = step_together([(run.slot, run.measures) for run in runs])
+        share_s = (time.monotonic() - began) / len(runs)
         for run in runs:
-            run.clock.train_s += (time.monotonic() - began) / len(runs)
+            run.clock.train_s += share_s
         for run, result in zip(runs, results, strict=True):
             if isinstance(result, Exception):
                 self._end(run, result)
