@@ -18,7 +18,7 @@ from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.rungs import build_rungs
 from deft_ray.sweep.schedule import Schedule
 from deft_ray.sweep.tuning import asha_lets_on
-from deft_ray.train.host import rung_steps
+from deft_ray.train.course import rung_steps
 
 TASK = "nano-sentiment"
 

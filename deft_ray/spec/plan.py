@@ -124,7 +124,9 @@ def packing_of(spec: SweepSpec) -> tuple[int, str | None]:
     asked = spec.resources.slots_per_host
     if asked == 1:
         return 1, None
-    kind, stage = ("" if leaf in spec.space else value for leaf, value in _that_decide(spec).items())
+    # a leaf that is searched is found out trial by trial
+    kind = None if "adapter.kind" in spec.space else spec.adapter.kind
+    stage = None if "train.zero_stage" in spec.space else spec.train.zero_stage
     if kind in ("prefix", "prompt"):
         return 1, f"one at a time on each base: {kind} tuning changes what all rows attend to"
     if stage == 3:
@@ -133,11 +135,6 @@ def packing_of(spec: SweepSpec) -> tuple[int, str | None]:
     if spec.model.family != "t5" and len({len(task.labels) for task in tasks}) > 1:
         return asked, "trials of tasks with unlike heads take turns"
     return asked, None
-
-
-def _that_decide(spec: SweepSpec) -> dict[str, Any]:
-    """Leaves that keep a trial from sharing a base; one that is searched is found out trial by trial."""
-    return {"adapter.kind": spec.adapter.kind, "train.zero_stage": spec.train.zero_stage}
 
 
 def _slots(spec: SweepSpec, hosts: int) -> int:

@@ -331,11 +331,6 @@ class Slot:
         if self.pack.seats == [self.seat]:
             _restore_random_state(state["random"])
 
-    @property
-    def between_steps(self) -> bool:
-        """Whether no step is under way."""
-        return self._step is None
-
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter, and the head where there is one, as PEFT does; plain PEFT opens it.
 

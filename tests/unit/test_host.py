@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
-from deft_ray.train.host import Host, Taken, evaluation_steps, fingerprint, load_task
+from deft_ray.train.course import evaluation_steps
+from deft_ray.train.host import Host, Taken, fingerprint, load_task
 from deft_ray.train.pack import Found
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
@@ -314,7 +315,7 @@ def test_predictions_outlive_a_kill_after_the_last_evaluation(trial: Trial, serv
     leaves = {"train__steps": 3, "train__checkpoint_every_s": 0.0}
     calm = serve(Inbox(trial(trial="t0001", **leaves)))
     with monkeypatch.context() as patch:
-        patch.setattr("deft_ray.train.host.peak_memory_gib", kill)
+        patch.setattr("deft_ray.train.course.peak_memory_gib", kill)
         with pytest.raises(Killed):
             serve(Inbox(trial(trial="t0002", **leaves)))
     rows = serve(Inbox(trial(trial="t0002", **leaves)))
