@@ -29,6 +29,7 @@ from torch import Tensor
 from deft_ray.density.approximations import L0
 from deft_ray.density.counts import DensityCounts, StepCounts, WithFirst
 from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.density.scales import LayerScales
 from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
 
@@ -53,11 +54,13 @@ class Way:
         alpha: Weight of the density loss.
         fused: Whether the gated block is one function.
         naive: Dtype in which collected activations become a loss, as the authors' code does it (``None``: our way).
+        adaptive: Whether every block has a layer scale.
     """
 
     alpha: float
     fused: bool = False
     naive: str | None = None
+    adaptive: bool = False
 
 
 WAYS = {
@@ -67,6 +70,16 @@ WAYS = {
     "fused_deft": Way(1.0, fused=True),
     "naive": Way(1.0, naive="activation"),
     "naive_float32": Way(1.0, naive="float32"),
+    "ada_peft": Way(0.0, adaptive=True),
+    "ada_deft": Way(1.0, adaptive=True),
+}
+#: Ways over the one that has the same but the loss.
+OVER_ALPHA_0 = {
+    "deft": "peft",
+    "fused_deft": "fused_peft",
+    "naive": "peft",
+    "naive_float32": "peft",
+    "ada_deft": "ada_peft",
 }
 
 
@@ -107,8 +120,13 @@ class Trainer:
                 return
             probe = DensityProbe(self.sites, fused=way.fused)
             stack.callback(probe.remove)
+            scales = None
+            if way.adaptive:
+                device = self.batch["labels"].device
+                scales = LayerScales(self.sites, init=0.8, noise=0.05, device=device)
+                stack.callback(scales.remove)
             weights = {"encoder": way.alpha, "decoder": way.alpha}
-            stack.enter_context(probe.penalising(Penalty(L0(EPSILON), weights, self.masks)))
+            stack.enter_context(probe.penalising(Penalty(L0(EPSILON), weights, self.masks, scales=scales)))
             yield lambda: self.model(**self.batch).loss
 
     def _naive(self, way: Way, stack: ExitStack) -> Callable[[], Tensor]:
@@ -135,8 +153,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def saved_bytes(self, way: Way) -> int:
-        """Bytes that autograd keeps between forward and backward, each storage once, parameters left out."""
+    def saved_bytes(self, way: Way) -> tuple[int, int]:
+        """Bytes that autograd keeps, each storage once, parameters left out.
+
+        Returns:
+            Between forward and backward pass; and what all blocks that are computed again keep then, together.
+        """
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, Tensor] = {}
 
@@ -145,12 +167,16 @@ class Trainer:
                 kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
+        def total() -> int:
+            return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
         with self.using(way) as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = forward()
-            total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-            loss.backward()
+            before = total()
+            loss.backward()  # what is kept is held until the end, so no address is seen twice
+            after = total()
         self.optimizer.zero_grad()
-        return total
+        return before, after - before
 
 
 def timed(action: Callable[[], Any], device: torch.device) -> float:
@@ -183,12 +209,7 @@ def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[s
                         peaks[name] = torch.cuda.max_memory_allocated() / 2**30
         figures[kind] = {
             "step_s": {name: summary(values) for name, values in times.items()},
-            "over_alpha_0": {
-                "deft": ratio(times["deft"], times["peft"]),
-                "fused_deft": ratio(times["fused_deft"], times["fused_peft"]),
-                "naive": ratio(times["naive"], times["peft"]),
-                "naive_float32": ratio(times["naive_float32"], times["peft"]),
-            },
+            "over_alpha_0": {name: ratio(times[name], times[without]) for name, without in OVER_ALPHA_0.items()},
             "fused_deft_over_stock_peft": ratio(times["fused_deft"], times["peft"]),
             **({"peak_memory_gib": peaks} if peaks else {}),
         }
@@ -198,22 +219,27 @@ def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[s
 def measure_saved(trainer: Trainer) -> dict[str, Any]:
     """Bytes kept for the backward pass under every kind of checkpointing: of the model, and per activation of the MLPs.
 
-    Under checkpointing, what is kept when the forward pass has ended; a block that is computed again keeps then what it
-    keeps without.
+    Under checkpointing, what is kept when the forward pass has ended and, of the reentrant kind, what blocks keep while
+    they are computed again; the other kind keeps hold of that itself.
     """
     elements = sum(int(mask.numel()) * _d_ff(trainer) * _layers(trainer, side) for side, mask in trainer.masks.items())
     figures: dict[str, Any] = {"activations": elements}
     for kind in CHECKPOINTING:
         with trainer.checkpointing(kind):
-            whole = {name: trainer.saved_bytes(way) for name, way in WAYS.items()}
-        first = whole["peft"]
-        figures[kind] = {
-            "mib": {name: round(value / 2**20, 1) for name, value in whole.items()},
-            "bytes_per_activation_beyond_peft": {
-                name: round((value - first) / elements, 2) for name, value in whole.items()
-            },
-        }
+            found = {name: trainer.saved_bytes(way) for name, way in WAYS.items()}
+        figures[kind] = _kept({name: forward for name, (forward, _) in found.items()}, elements)
+        if kind == "reentrant":
+            figures["inside reentrant blocks"] = _kept({name: again for name, (_, again) in found.items()}, elements)
     return figures
+
+
+def _kept(whole: dict[str, int], elements: int) -> dict[str, Any]:
+    return {
+        "mib": {name: round(value / 2**20, 1) for name, value in whole.items()},
+        "bytes_per_activation_beyond_peft": {
+            name: round((value - whole["peft"]) / elements, 2) for name, value in whole.items()
+        },
+    }
 
 
 def _d_ff(trainer: Trainer) -> int:

@@ -37,12 +37,13 @@ ADAPTERS = ("lora", "bottleneck", "prefix", "prompt")
 STAGES = (0, 1, 2, 3)
 QUANTIZATIONS = ("none", "nf4")
 
-#: The loss that each approximation is tried with; l1 is in units of the activation.
+#: The loss that each approximation is tried with; l1 and l2 are in units of the activation.
 LOSSES: dict[str, dict[str, Any]] = {
     "l0": {"alpha": 3.0, "epsilon": 1e-3},
     "tanh": {"alpha": 3.0, "beta": 20.0},
     "sigmoid": {"alpha": 3.0, "beta": 20.0},
     "l1": {"alpha": 10.0},
+    "l2": {"alpha": 10.0},
 }
 #: Learning rates at which an adapter moves within so few steps.
 RATES = {"lora": 2e-3, "bottleneck": 5e-3, "prefix": 3e-2, "prompt": 0.3}

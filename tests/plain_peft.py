@@ -83,7 +83,8 @@ def train_plain(
         if p.requires_grad:
             p.data.copy_(head[name])
     peft.train()
-    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], weight_decay=train.weight_decay)
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=train.weight_decay, fused=True)
     order = [
         index
         for epoch in range(steps * train.batch_size // len(sources) + 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from deft_ray.density.chunks import chunks
 
 #: Names in a spec. ``auto`` there means tanh where the activation is never negative (ReLU), l0 otherwise.
-KINDS = ("l0", "tanh", "sigmoid", "l1")
+KINDS = ("l0", "tanh", "sigmoid", "l1", "l2")
 
 #: β where a spec names none: the only value that the published code leaves a trace of.
 PUBLISHED_BETA = 20.0
@@ -182,6 +182,33 @@ class L1:
         return 1.0
 
 
+@dataclass(frozen=True)
+class L2:
+    r"""Square of the activation.
+
+    .. math:: s(a) = a^2, \qquad s'(a) = 2 a
+
+    What weight decay is to weights; in squared units of the activation. Its slope vanishes where a zero is near, so
+    that it makes activations small and hardly any of them zero: of use with a threshold. Runwal et al. report a norm
+    that fails (Table 7) and do not say which; this one and :class:`L1` may both be meant.
+    """
+
+    kind: ClassVar[str] = "l2"
+
+    def value(self, act: Tensor) -> Tensor:
+        """Return s(a) per activation, float32, at least 0.
+
+        >>> L2().value(torch.tensor([0.0, -2.0])).tolist()
+        [0.0, 4.0]
+        """
+        return act.float().square()
+
+    def fill_slope(self, act: Tensor, out: Tensor) -> float:
+        """Write s'(a) / c into ``out`` (float32, as ``act``), return the constant c."""
+        out.copy_(act)
+        return 2.0
+
+
 def build_approximation(kind: str, *, epsilon: float, beta: float | None) -> Approximation:
     """Return an approximation by name.
 
@@ -195,8 +222,8 @@ def build_approximation(kind: str, *, epsilon: float, beta: float | None) -> App
     """
     if kind == "l0":
         return L0(epsilon)
-    if kind == "l1":
-        return L1()
+    if kind in ("l1", "l2"):
+        return L1() if kind == "l1" else L2()
     if kind not in KINDS:
         raise ValueError(f"approximation must be one of {', '.join(KINDS)} (got {kind!r})")
     beta = PUBLISHED_BETA if beta is None else beta

@@ -72,6 +72,8 @@ def _backward_kernel(
         slope = 2.0 * parameter * act / (whole * whole)
     elif KIND == "l1":
         slope = sign
+    elif KIND == "l2":
+        slope = 2.0 * act
     else:  # tanh and sigmoid: 1 - tanh² without the cancellation
         steep = parameter if KIND == "tanh" else 0.5 * parameter
         tail = tl.exp(-2.0 * steep * tl.abs(act))

@@ -51,6 +51,16 @@ class Rows:
         return tensor_B if self.are_all else tensor_B[self.of_size(len(tensor_B))]
 
 
+def split_rows(tensor_B: Tensor, rows: Sequence[Rows]) -> tuple[Tensor, ...]:
+    """Return the rows of all trials of a pass, views whose gradients together are one tensor.
+
+    A view by :meth:`Rows.cut` has a gradient of the whole tensor's size, for each of them.
+    """
+    if len(rows) == 1:
+        return (tensor_B,)
+    return tensor_B.split([len(tensor_B) * (mine.stop - mine.start) // mine.of for mine in rows])
+
+
 def rows_of(sizes: Sequence[int]) -> list[Rows]:
     """Lay trials with so many rows one behind the other.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deft_ray.errors import RecordsError
 from deft_ray.results.front import REFERENCE, hypervolume, lowest_density, points
-from deft_ray.results.points import Point, check_one_dtype
+from deft_ray.results.points import Point, check_comparable
 from deft_ray.results.records import Record
 
 
@@ -46,12 +46,13 @@ def compare_sweeps(
         By task what the one found, and the other.
 
     Raises:
-        RecordsError: If they have no task in common, or one was measured in different dtypes.
+        RecordsError: If they have no task in common, or one was measured in several dtypes or with several
+            activations.
     """
     tasks = [task for task in _tasks(mine) if task in _tasks(others)]
     if not tasks:
         raise RecordsError(f"no task in common: {', '.join(_tasks(mine))} here, {', '.join(_tasks(others))} there")
-    check_one_dtype(record for record in (*mine, *others) if record.task in tasks)
+    check_comparable(record for record in (*mine, *others) if record.task in tasks)
     return {
         task: (_found(mine, task, max_score_drop, ref), _found(others, task, max_score_drop, ref)) for task in tasks
     }

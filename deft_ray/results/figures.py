@@ -105,7 +105,7 @@ def front_figure_data(
         ref: Reference point of the hypervolume, score and density.
 
     Raises:
-        RecordsError: If the task was measured in more than one dtype.
+        RecordsError: If the task was measured in more than one dtype, or activation.
     """
     own = [record for record in records if record.task == task]
     found = points(own, max_score_drop)

@@ -44,31 +44,35 @@ def points(records: Iterable[Record], max_score_drop: float | None = None) -> li
 
     Arguments, order and errors as of :func:`~deft_ray.results.points.compare`.
     """
-    return mark(compare(records, max_score_drop))
+    return mark(compare(records, max_score_drop), max_score_drop)
 
 
-def mark(points: Iterable[Point]) -> list[Point]:
+def mark(points: Iterable[Point], max_score_drop: float | None = None) -> list[Point]:
     """Say of each point, of any number of tasks, whether its setting stands on the front of its task."""
     points = list(points)
     chosen, likely = set[tuple[str, str, float]](), dict[tuple[str, str, float], float]()
     for task in _tasks(points):
         mine = [point for point in points if point.task == task]
         chosen |= {member.key for member in front(mine)}
-        likely |= front_probability(mine)
+        likely |= front_probability(mine, max_score_drop)
     return [
         replace(p, on_front=p.eligible and p.key in chosen, front_probability=likely.get(p.key) if p.eligible else None)
         for p in points
     ]
 
 
-def front_probability(points: Iterable[Point], draws: int = 500) -> dict[tuple[str, str, float], float]:
+def front_probability(
+    points: Iterable[Point], max_score_drop: float | None = None, draws: int = 500
+) -> dict[tuple[str, str, float], float]:
     """Estimate how likely each eligible setting of one task stands on the front.
 
     Score and density of a setting with n seeds are taken to lie about their means with s / √n, where s is the standard
-    deviation over seeds, pooled over all settings that have several: one seed alone says nothing of its scatter.
+    deviation over seeds, pooled over all settings that have several: one seed alone says nothing of its scatter. The
+    baseline scatters too, and in each draw a setting has to keep the score limit beside it.
 
     Args:
         points: Points of one task.
+        max_score_drop: The score limit, or None.
         draws: Samples of the whole task; the same ones every time.
 
     Returns:
@@ -84,8 +88,15 @@ def front_probability(points: Iterable[Point], draws: int = 500) -> dict[tuple[s
     spread = pooled / np.sqrt([[point.seeds] for point in eligible])
     means, dice = _objectives(eligible), np.random.default_rng(0)
     hits = np.zeros(len(eligible))
+    reference = next((place for place, point in enumerate(eligible) if point.reference), None)
     for _ in range(draws):
-        hits += moocore.is_nondominated(means + spread * dice.standard_normal(means.shape), keep_weakly=True)
+        drawn = means + spread * dice.standard_normal(means.shape)
+        if reference is None or max_score_drop is None:
+            kept = np.arange(len(eligible))
+        else:
+            drop = drawn[:, 0] - drawn[reference, 0]
+            kept = np.flatnonzero(drop <= max_score_drop + _LEAST)
+        hits[kept] += moocore.is_nondominated(drawn[kept], keep_weakly=True)
     return {point.key: float(count) / draws for point, count in zip(eligible, hits, strict=True)}
 
 

@@ -56,8 +56,8 @@ class Point:
             with its baseline; None where it was not tested.
         drop_high: Upper end of the same.
         p_worse: Level at which that test refuses "the score is worse by more than the limit"; see ``results.paired``.
-        front_probability: Probability that its setting stands on the front, if scores and densities scatter about their
-            means as they do over seeds; None where no setting of the task has several.
+        front_probability: Probability that its setting keeps the limit and stands on the front, if scores and densities
+            scatter about their means as they do over seeds; None where no setting of the task has several.
     """
 
     task: str
@@ -137,10 +137,10 @@ def compare(records: Iterable[Record], max_score_drop: float | None = None) -> l
         For each record its point as it was trained, then those of the dial by rising τ.
 
     Raises:
-        RecordsError: If one task was measured in more than one dtype.
+        RecordsError: If one task was measured in more than one dtype, or with more than one activation.
     """
     records = list(records)
-    check_one_dtype(records)
+    check_comparable(records)
     baselines = _baselines(records)
     settings: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -296,19 +296,18 @@ def _against(score: float | None, density: float | None, baseline: Record | None
     return drop, change
 
 
-def check_one_dtype(records: Iterable[Record]) -> None:
-    """Refuse records of which one task was measured in several dtypes.
+def check_comparable(records: Iterable[Record]) -> None:
+    """Refuse records of which one task was measured in several dtypes, or with several activation functions.
 
     Raises:
-        RecordsError: With the task and its dtypes.
+        RecordsError: With the task and what differs.
     """
-    dtypes: dict[str, set[str]] = {}
-    for record in records:
-        if record.density is not None:
-            dtypes.setdefault(record.task, set()).add(record.dtype)
-    for task, seen in dtypes.items():
-        if len(seen) > 1:
-            raise RecordsError(
-                f"task {task}: measured in more than one dtype ({', '.join(sorted(seen))}); "
-                "exact zeros depend on the dtype, so compare only records of one"
-            )
+    records = [record for record in records if record.density is not None]
+    for task in dict.fromkeys(record.task for record in records):
+        own = [record for record in records if record.task == task]
+        for what, seen in (("dtype", {r.dtype for r in own}), ("activation", {r.activation for r in own} - {""})):
+            if len(seen) > 1:
+                raise RecordsError(
+                    f"task {task}: measured in more than one {what} ({', '.join(sorted(seen))}); "
+                    f"exact zeros depend on the {what}, so compare only records of one"
+                )

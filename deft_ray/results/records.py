@@ -50,7 +50,8 @@ class Record:
         density_encoder: The same over the encoder alone.
         density_decoder: The same over the decoder alone, under teacher forcing; None where the model has none.
         density_decoder_generated: The same while the decoder writes its answers; None where nothing is generated.
-        density_paper: The same with padding positions counted, as the authors' code does.
+        density_paper: The same with the padding of its batches counted; as the authors' code has it where
+            ``data.padding`` is ``max_length``, else hardly another figure, as batches hold rows of like length.
         density_at_tau: Share of activations with magnitude above tau, by tau.
         density_layers: Density of each layer, by layer name.
         dial: By threshold τ, 0 among them: score and density on the validation split with activations of magnitude of
@@ -59,7 +60,7 @@ class Record:
         setting: Name of the trial that has the same settings with the sweep's first seed; its own if empty.
         started_from: Name of the trial whose adapter it trained on, on a path; empty where it began with a fresh one.
         lambda_layers: ADA-DEFT's layer scale of each block, by layer name; empty without.
-        approximation: Approximation of the density loss that was used: l0, tanh, sigmoid or l1.
+        approximation: Approximation of the density loss that was used: l0, tanh, sigmoid, l1 or l2.
         config: The sampled and fixed settings, flat, dotted names.
         steps: Optimizer steps done.
         wall_s: From taking the trial to its last row.

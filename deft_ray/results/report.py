@@ -75,7 +75,8 @@ def write_results(
         The files written, ``front.csv`` first and ``report.md`` last.
 
     Raises:
-        RecordsError: If one task was measured in more than one dtype, or the other sweep has no task of this one.
+        RecordsError: If one task was measured in more than one dtype or activation,
+            or the other sweep has no task of this one.
     """
     run_dir, records = Path(run_dir), list(records)
     found = with_paired_tests(points(records, max_score_drop), records, run_dir, max_score_drop or 0.0)

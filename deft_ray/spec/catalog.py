@@ -159,6 +159,7 @@ DEFT_LEAVES: dict[str, tuple[str, ...]] = {
     "tanh": ("beta",),
     "sigmoid": ("beta",),
     "l1": (),
+    "l2": (),
 }
 
 #: Leaves of ``deft`` that are read where ``adaptive`` is true.

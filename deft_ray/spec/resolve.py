@@ -84,12 +84,30 @@ def _on_path(trial: TrialSpec, share: float, start_from: str, place: int) -> Tri
 
 
 def rung_shares(spec: SweepSpec) -> tuple[float, ...]:
-    """Return the shares of a trial's steps at which the scheduler judges it: the first, times η, and so on, below 1."""
-    shares, share = list[float](), spec.search.first_rung
-    while spec.search.scheduler != "none" and share < 1.0 - 1e-9:
+    """Return the shares of a trial's steps at which the scheduler judges it."""
+    return () if spec.search.scheduler == "none" else shares_of(spec.search.first_rung, spec.search.reduction_factor)
+
+
+def shares_of(first: float, factor: float) -> tuple[float, ...]:
+    """Return rungs as shares of a trial's steps: the first, times η, and so on, below 1.
+
+    >>> shares_of(0.1, 3)
+    (0.1, 0.3, 0.9)
+    """
+    shares, share = list[float](), first
+    while share < 1.0 - 1e-9:
         shares.append(round(share, 9))
-        share *= spec.search.reduction_factor
+        share *= factor
     return tuple(shares)
+
+
+def rung_places(shares: Iterable[float], steps: int) -> list[int]:
+    """Return the step at which each rung of a trial of so many steps lies.
+
+    >>> rung_places((1 / 9, 1 / 3), 90)
+    [10, 30]
+    """
+    return [max(1, round(share * steps)) for share in shares]
 
 
 def judged_at(objectives: Iterable[str]) -> float:

@@ -265,6 +265,12 @@ def _resources(view: View, machine: Machine) -> Iterator[Fault]:
     gpus = view.get("resources.gpus_per_worker", int(machine.gpus > 0))
     hosts = view.get("resources.hosts", 1)
     hosts = hosts if is_count(hosts) else 1
+    budget = view.get("budget.gpu_hours")
+    if budget is not None and gpus == 0:
+        yield (
+            ("budget", "gpu_hours"),
+            f"is never spent without a GPU (got {show(budget)}); take wall_hours or steps",
+        )
     if not is_count(workers):
         return
     for each, have, unit in ((gpus, machine.gpus, "GPU"), (cpus, machine.cpus, "CPU")):

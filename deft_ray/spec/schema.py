@@ -106,7 +106,7 @@ class AdapterSection(Section):
 class DeftSection(Section):
     """The density loss: task loss + alpha x density, its approximation of "non-zero", and ADA-DEFT's layer scales."""
 
-    approximation: Literal["auto", "l0", "tanh", "sigmoid", "l1"] = "auto"
+    approximation: Literal["auto", "l0", "tanh", "sigmoid", "l1", "l2"] = "auto"
     alpha: Annotated[float, Field(ge=0.0)] = 1.0
     alpha_decoder: Annotated[float, Field(ge=0.0)] | None = None
     alpha_delay: Share = 0.0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from deft_ray.metrics import tau_key
 from deft_ray.spec.catalog import LAMBDA_LEAVES
 from deft_ray.spec.messages import did_you_mean
+from deft_ray.spec.resolve import rung_places, shares_of
 from deft_ray.spec.schema import SearchSection
 from deft_ray.spec.view import View, all_values, is_count, is_number
 from deft_ray.spec.yaml_tree import Fault, show
@@ -150,6 +151,18 @@ def _rungs(view: View) -> Iterator[Fault]:
             what = f"a trial of {steps} steps ends before the first rung, {first:g} of them (got {show(steps)})"
             yield path, f"{what}; give more steps, a smaller search.first_rung, or scheduler none"
             return
+        factor = view.get("search.reduction_factor", SearchSection.model_fields["reduction_factor"].default)
+        if is_count(steps) and is_number(first) and is_number(factor) and factor > 1:
+            places = rung_places(shares_of(first, factor), steps)
+            if len(set(places)) < len(places):
+                yield (
+                    path,
+                    (
+                        f"a trial of {steps} steps has two rungs at one step: {', '.join(map(str, places))} (got "
+                        f"{show(steps)}); give more steps, a larger search.first_rung, or scheduler none"
+                    ),
+                )
+                return
 
 
 def _dial(view: View) -> Iterator[Fault]:

@@ -69,6 +69,8 @@ class Budget:
         """
         records = [record for record in records if not record.is_front_seed]
         tasks, shared = set(self._spec.data.tasks) - lost_tasks(records), self._spec.search.scope == "shared"
+        if not tasks:
+            return False
         for members in [tasks] if shared else [{task} for task in tasks]:
             mine = [record for record in records if record.task in members]
             ends: dict[str, list[int]] = {}

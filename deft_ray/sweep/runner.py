@@ -184,6 +184,7 @@ class _Sweep:
             reason, status = "interrupted by the user", "stopped"
             raise
         finally:
+            self.schedule.close()
             problems = self.books.finish(reason, status, {"wall time": f"{time.time() - self.began:.0f} s"})
         if self.failure is not None:
             raise SetupError(f"{reason}\ncontinue with --resume once it is mended")

@@ -201,6 +201,12 @@ class Schedule:
             self._searches[task] = TaskSearch(self.spec, task, self._folder, known)
         return self._searches[task]
 
+    def close(self) -> None:
+        """Leave no point running in a study, as the sweep ends; one that goes on needs a schedule of its own."""
+        for task in (ALL_TASKS,) if self._shared else self._tasks:
+            if task in self._searches or (self._folder / f"{task}.log").is_file():
+                self._search(task).close()
+
     def ended(self, record: Record) -> None:
         """Take note of an ended trial, and tell its study once all of its point's seeds have ended."""
         self._ended[record.trial] = record

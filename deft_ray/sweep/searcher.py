@@ -1,7 +1,8 @@
 """One task's searcher: points asked from an Optuna study and told to it, with how each of them ended.
 
 The study's journal lies in the run directory. Each ask draws from a sampler that is seeded by its own number, so that a
-point is a function of the spec and of what was told before, whatever was interrupted in between.
+point is a function of the spec and of what was told before, whatever was interrupted in between. Points that are under
+way when a sweep ends are told as stopped; a resumed sweep cuts these lines off the journal again and goes on with them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import enum
 import hashlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +24,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from deft_ray.results.files import write_text
 from deft_ray.results.points import is_feasible
 from deft_ray.results.records import Record
 from deft_ray.spec.domains import Domain, Scalar
 from deft_ray.spec.points import deciding_first, first_points, sample_of
-from deft_ray.spec.resolve import is_read, judged_at, rung_shares
+from deft_ray.spec.resolve import is_read, judged_at, rung_places, rung_shares
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.order import best
 from deft_ray.sweep.parzen import Space
@@ -77,10 +80,12 @@ class TaskSearch:
         self._told: dict[int, _Told | None] = {}
         self._arrivals = Arrivals(folder / JOURNAL)
         folder.mkdir(parents=True, exist_ok=True)
+        self._journal, self._closed = folder / f"{task}.log", folder / f"{task}.closed"
+        self._reopen()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(folder / f"{task}.log"))),
+                storage=JournalStorage(JournalFileBackend(str(self._journal))),
                 study_name=task,
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
@@ -90,6 +95,21 @@ class TaskSearch:
         there = len(self._study.get_trials(deepcopy=False)) - self._first
         for point in first_points(spec)[there:]:  # killed meanwhile, the study has the first of them; none is asked yet
             self._study.enqueue_trial(dict(point))
+
+    def close(self) -> None:
+        """Tell points that are under way as stopped, as the sweep ends; whoever opens the study again takes it back."""
+        under_way = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+        if under_way:
+            write_text(self._closed, str(self._journal.stat().st_size))
+        for trial in under_way:
+            Trial(self._study, trial._trial_id).set_user_attr("ending", Ending.STOPPED.value)
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _reopen(self) -> None:
+        """Cut off what :meth:`close` told."""
+        if self._closed.is_file():
+            os.truncate(self._journal, int(self._closed.read_text(encoding="utf-8")))
+            self._closed.unlink()
 
     def point(self, number: int) -> dict[str, Scalar]:
         """Return the sampled values of a point; asks the study if it has none of this number.
@@ -241,7 +261,8 @@ class TaskSearch:
         Trials of a known point are of another sweep, whose names mean others here; so they are asked for their steps.
         """
         pairs = [(r.steps, b.steps) for r, b in zip(results, baselines, strict=True) if r.status == "pruned"]
-        rungs = [sum(max(1, round(share * whole)) <= done for share in rung_shares(self.spec)) for done, whole in pairs]
+        shares = rung_shares(self.spec)
+        rungs = [sum(place <= done for place in rung_places(shares, whole)) for done, whole in pairs]
         return min(rungs, default=0) - 1, 0.0
 
     def _tell(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deft_ray.spec.resolve import rung_places
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.slot import Slot, StepResult
@@ -233,7 +234,9 @@ class Run:
     def _warning(self) -> str | None:
         limit = self.host.limit
         full = f"memory held no pass of {limit + 1} slots: {limit} at once from then on" if limit is not None else None
-        return "; ".join(text for text in (self.slot.warning, full) if text) or None
+        lost = len(self.trial.rungs) - len(self.rungs)
+        rungs = f"{lost} of {len(self.trial.rungs)} rungs fall on another one or on the last step" if lost else None
+        return "; ".join(text for text in (self.slot.warning, full, rungs) if text) or None
 
     def _send(self, kind: str, **fields: Any) -> dict[str, Any]:
         row = {"kind": kind, "step": self.slot.done, "time": time.time(), **fields}
@@ -261,7 +264,7 @@ def rung_steps(steps: int, shares: Sequence[float]) -> dict[int, int]:
     >>> rung_steps(90, (1 / 9, 1 / 3)), rung_steps(2, (1 / 9, 1 / 3))
     ({10: 0, 30: 1}, {1: 1})
     """
-    found = {max(1, round(share * steps)): rung for rung, share in enumerate(shares)}
+    found = {step: rung for rung, step in enumerate(rung_places(shares, steps))}
     return {step: rung for step, rung in found.items() if step < steps}
 
 

@@ -24,7 +24,7 @@ class SlotModule(nn.Module):
     """What DeepSpeed takes for the whole model: the trainable parameters of a slot.
 
     The pass that finds their gradients is shared by several slots, so DeepSpeed does not see it. What it sees is the
-    pass of a stand-in with the same gradients: the sum of each parameter times its gradient.
+    pass of a stand-in, a zero with the same gradients.
 
     Args:
         trainable: The adapter's and the head's parameters.
@@ -43,9 +43,22 @@ class SlotModule(nn.Module):
             self.register_parameter(f"parameter_{index}", parameter)
 
     def forward(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Return a sum whose gradients these are, in the order of :meth:`parameters`; None for one without."""
-        mine = zip((*self.trainable, *self.scales), gradients, strict=True)
-        return torch.stack([(parameter * gradient).sum() for parameter, gradient in mine if gradient is not None]).sum()
+        """Return a zero with these gradients, in the order of :meth:`parameters`; None for one without."""
+        zero: Tensor = _StandIn.apply(gradients, *self.trainable, *self.scales)
+        return zero
+
+
+class _StandIn(torch.autograd.Function):
+    """A zero with given gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else gradient * grads[0] for gradient in ctx.gradients)
 
 
 def build_engine(
@@ -125,7 +138,7 @@ class ProjectedAdamW(_Projected, torch.optim.AdamW):
 def build_optimizer(
     module: SlotModule, learning_rate: float, weight_decay: float, *, paged: bool = False
 ) -> torch.optim.Optimizer:
-    """Return AdamW over a slot's parameters; layer scales have their own learning rate, no decay, and stay in [0, 1].
+    """Return fused AdamW; layer scales have their own learning rate, no decay, and stay in [0, 1].
 
     Each group's ``rate_share`` is its learning rate over the slot's.
 
@@ -142,7 +155,7 @@ def build_optimizer(
         share = module.scales_learning_rate / learning_rate
         groups.append({"params": list(module.scales), "weight_decay": 0.0, "rate_share": share, "bounds": (0.0, 1.0)})
     if not paged:
-        return ProjectedAdamW(groups, lr=learning_rate)
+        return ProjectedAdamW(groups, lr=learning_rate, fused=True)
     from bitsandbytes.optim import AdamW32bit, PagedAdamW32bit
 
     on_gpu = module.trainable[0].device.type == "cuda"

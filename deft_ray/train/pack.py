@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deft_ray.density.probe import DensityProbe, Penalty
-from deft_ray.density.rows import Rows, rows_of
+from deft_ray.density.rows import Rows, rows_of, split_rows
 from deft_ray.density.scales import LayerScales
 from deft_ray.models.adapters import (
     FIRST,
@@ -286,7 +286,8 @@ class Pack:
             base: Any = self.base.model
             whole["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=torch.cat(labels))
         logits = model(**whole).logits
-        return [task_loss(mine.cut(logits), label) for mine, label in zip(rows, labels, strict=True)]
+        parts = split_rows(logits, rows)
+        return [task_loss(mine, label) for mine, label in zip(parts, labels, strict=True)]
 
 
 class Seat:

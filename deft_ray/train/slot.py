@@ -461,7 +461,7 @@ def warning_of(deft: DeftSection, kind: str, base: Base) -> str | None:
         return None
     return (
         f"deft.approximation 'tanh' on {base.activation}: its negative activations count below zero, so the loss falls "
-        "by making them more negative instead of zero; 'l0', 'sigmoid' and 'l1' take either sign"
+        "by making them more negative instead of zero; 'l0', 'sigmoid', 'l1' and 'l2' take either sign"
     )
 
 

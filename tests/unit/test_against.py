@@ -54,6 +54,15 @@ def test_sweeps_of_two_dtypes_are_not_compared() -> None:
         compare_sweeps(WITH, other, None)
 
 
+def test_sweeps_of_two_activations_are_not_compared() -> None:
+    """The same block fused has other zeros; records from before it was kept say nothing."""
+    other = [replace(each, activation="GELUTanh") for each in WITH]
+    unknown = [replace(each, activation="") for each in WITH]
+    with pytest.raises(RecordsError, match=r"task rte: measured in more than one activation \(GELUTanh, .+\); exact"):
+        compare_sweeps(WITH, other, None)
+    assert list(compare_sweeps(unknown, other, None)) == ["rte"]
+
+
 def test_the_report_says_both(tmp_path: Path) -> None:
     write_results(tmp_path, "s", WITH, 0.02, against=("without", WITHOUT))
     text = (tmp_path / "report.md").read_text()

@@ -13,6 +13,7 @@ from deft_ray.density.approximations import (
     KINDS,
     L0,
     L1,
+    L2,
     Approximation,
     Sigmoid,
     Tanh,
@@ -27,6 +28,7 @@ REFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "tanh": lambda act, beta: (torch.exp(2 * beta * act) - 1) / (torch.exp(2 * beta * act) + 1),
     "sigmoid": lambda act, beta: 2 / (1 + torch.exp(-beta * act.abs())) - 1,
     "l1": lambda act, _: act.abs(),
+    "l2": lambda act, _: act * act,
 }
 
 CASES: list[tuple[Approximation, float, float]] = [
@@ -35,6 +37,7 @@ CASES: list[tuple[Approximation, float, float]] = [
     *((Tanh(beta), beta, 1 / beta) for beta in (0.1, 1.0, 20.0, 500.0)),
     *((Sigmoid(beta), beta, 1 / beta) for beta in (0.1, 1.0, 20.0, 500.0)),
     (L1(), 0.0, 1.0),
+    (L2(), 0.0, 0.1),
 ]
 
 
@@ -90,7 +93,7 @@ def test_sigmoid_on_relu_is_tanh_at_half_the_slope() -> None:
     torch.testing.assert_close(slope(Sigmoid(8.0), act), slope(Tanh(4.0), act))
 
 
-@pytest.mark.parametrize("approximation", [L0(1e-7), Sigmoid(20.0), L1()], ids=lambda a: a.kind)
+@pytest.mark.parametrize("approximation", [L0(1e-7), Sigmoid(20.0), L1(), L2()], ids=lambda a: a.kind)
 def test_even_approximations_have_no_slope_at_zero(approximation: Approximation) -> None:
     act = torch.tensor([0.0, -0.01, 0.01])
 
@@ -108,7 +111,7 @@ def test_huge_and_tiny_parameters_stay_finite(kind: str, parameter: float) -> No
     assert torch.isfinite(approximation.value(act)).all()
     assert torch.isfinite(slope(approximation, act)).all()
     assert approximation.value(act)[0] == 0
-    assert kind == "l1" or approximation.value(act).abs().max() <= 1
+    assert kind in ("l1", "l2") or approximation.value(act).abs().max() <= 1
 
 
 def test_limits_are_the_indicators() -> None:
@@ -175,6 +178,6 @@ def test_beta_must_be_positive(function: Callable[[float], Approximation], beta:
 
 
 def test_an_unknown_kind_is_named() -> None:
-    message = r"^approximation must be one of l0, tanh, sigmoid, l1 \(got 'l2'\)$"
+    message = r"^approximation must be one of l0, tanh, sigmoid, l1, l2 \(got 'l3'\)$"
     with pytest.raises(ValueError, match=message):
-        build_approximation("l2", epsilon=1.0, beta=1.0)
+        build_approximation("l3", epsilon=1.0, beta=1.0)

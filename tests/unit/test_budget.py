@@ -53,6 +53,11 @@ def test_gpu_hours_of_trials_that_share_passes_are_their_parts() -> None:
     assert budget.spent([*beside, *beside]) == "budget.gpu_hours = 1.5 is spent (2.0)"
 
 
+def test_a_sweep_whose_tasks_are_all_lost_has_not_stalled() -> None:
+    lost = ended(0.5, 0, status="failed", baseline=True, score=None)
+    assert make_budget(stall_trials=1).stalled([lost]) is None
+
+
 def test_steps_of_pruned_trials_count_as_many_as_were_trained() -> None:
     budget = make_budget(steps=25)
     assert budget.spent([ended(0.5, 0), ended(0.5, 1), ended(0.5, 2, status="pruned", steps=4)]) is None

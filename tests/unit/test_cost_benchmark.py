@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+WAYS = {"deft", "fused_deft", "naive", "naive_float32", "ada_deft"}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 ALONE = """
@@ -35,8 +36,13 @@ def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path, quantization: str) -
         beyond = saved[kind]["bytes_per_activation_beyond_peft"]
         assert beyond["deft"] == 0.0, kind
         assert beyond["fused_deft"] == beyond["fused_peft"], kind
-        assert result["steps"][kind]["over_alpha_0"].keys() == {"deft", "fused_deft", "naive", "naive_float32"}
-    assert saved["none"]["bytes_per_activation_beyond_peft"]["fused_deft"] == -16.0
+        assert beyond["ada_deft"] == beyond["ada_peft"], kind
+        assert result["steps"][kind]["over_alpha_0"].keys() == WAYS
+    again = saved["inside reentrant blocks"]["bytes_per_activation_beyond_peft"]
+    for found in (saved["none"]["bytes_per_activation_beyond_peft"], again):
+        assert found["fused_deft"] == found["fused_peft"] == -16.0
+        assert found["deft"] == 0.0
+        assert found["ada_deft"] == found["ada_peft"]
     ways = {name: way for name, way in result["evaluation"].items() if name != "measured"}
     assert ways.keys() == {"forward", "likelihood", "generation"}
     assert all(way["counting_over_plain"]["count"] >= 9 for way in ways.values())

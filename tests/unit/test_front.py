@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import norm
 
 from deft_ray.errors import RecordsError
 from deft_ray.results.across import ALL_TASKS, across_tasks
@@ -565,6 +567,21 @@ def test_alike_settings_stand_on_the_front_as_often_as_maxima_of_random_points(c
     found = front_probability(several, draws=4000)
     want = sum(1 / n for n in range(1, count + 1)) / count
     assert list(found.values()) == pytest.approx([want] * count, abs=0.03)
+
+
+def test_who_hardly_keeps_the_limit_stands_as_often_as_it_does() -> None:
+    """Drop 0.0087 of 0.01 allowed, each mean with a standard error of the pooled one: by hand, with SciPy."""
+    records = [
+        *seeded("b", (0.90, 0.9), (0.90, 0.9), (0.90, 0.9), baseline=True),
+        *seeded("x", (0.880, 0.4), (0.902, 0.4), (0.892, 0.4)),
+    ]
+    found = {p.trial: p.front_probability for p in points(records, 0.01)}
+    scores = np.array([0.880, 0.902, 0.892])
+    error = np.sqrt(scores.var(ddof=1) / 2 / 3 * 2)  # pooled over both settings; of two means of three
+    want = norm.cdf((0.01 - (0.90 - scores.mean())) / error)
+    assert found["x-0"] == pytest.approx(want, abs=0.06)
+    assert 0.5 < want < 0.7
+    assert {p.trial: p.front_probability for p in points(records)}["x-0"] == 1.0, "no limit, and the least density"
 
 
 def test_who_is_far_ahead_stands_surely_and_one_seed_scatters_as_the_others_do() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
+from deft_ray.train.batches import BatchOrder
 from deft_ray.train.course import evaluation_steps
 from deft_ray.train.host import Host, Taken, fingerprint, load_task
 from deft_ray.train.pack import Found
@@ -309,6 +310,38 @@ def test_rungs_of_a_trial_in_epochs_are_shares_of_its_steps(trial: Trial, serve:
     rows = serve(Inbox(trial(train__steps=None, train__epochs=2.0, rungs=(1 / 9, 1 / 3))))
     assert rows[-1]["steps"] == 10
     assert [(row["rung"], row["step"]) for row in rows if row.get("rung") is not None] == [(0, 1), (1, 3)]
+    assert rows[-1]["warning"] is None
+
+
+def test_a_rung_is_a_share_of_the_data(trial: Trial, serve: Any, monkeypatch: Any) -> None:
+    """One epoch of thirty examples: at a fifth of the steps six of them were seen, and none twice."""
+    seen: list[int] = []
+    real = BatchOrder.indices
+
+    def indices(order: BatchOrder, step: int) -> list[int]:
+        seen.extend(found := real(order, step))
+        return found
+
+    monkeypatch.setattr(BatchOrder, "indices", indices)
+    at_rung: list[int] = []
+    inbox = Inbox(trial(train__steps=None, train__epochs=1.0, rungs=(0.2, 0.6)))
+    send = inbox.send
+
+    def noting(name: str, row: dict[str, Any]) -> None:
+        if row.get("rung") is not None:
+            at_rung.append(len(set(seen)))
+        send(name, row)
+
+    monkeypatch.setattr(inbox, "send", noting)
+    serve(inbox)
+    assert at_rung == [6, 18]
+    assert sorted(seen) == list(range(30))
+
+
+def test_a_rung_that_falls_on_another_is_said(trial: Trial, serve: Any) -> None:
+    rows = serve(Inbox(trial(train__steps=None, train__epochs=0.4, rungs=(1 / 9, 1 / 3))))
+    assert rows[-1]["steps"] == 2
+    assert rows[-1]["warning"] == "1 of 2 rungs fall on another one or on the last step"
 
 
 def test_predictions_outlive_a_kill_after_the_last_evaluation(trial: Trial, serve: Any, monkeypatch: Any) -> None:

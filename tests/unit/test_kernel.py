@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from deft_ray.density import activation, kernel
 from deft_ray.density.activation import Injection
-from deft_ray.density.approximations import L0, L1, Approximation, Sigmoid, Tanh
+from deft_ray.density.approximations import L0, L1, L2, Approximation, Sigmoid, Tanh
 from deft_ray.density.rows import Rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,6 +34,7 @@ APPROXIMATIONS: tuple[tuple[Approximation, Callable[[Tensor], Tensor]], ...] = (
     (Tanh(20.0), lambda a: torch.tanh(20.0 * a)),
     (Sigmoid(3.0), lambda a: 2.0 * torch.sigmoid(3.0 * a.abs()) - 1.0),
     (L1(), torch.abs),
+    (L2(), torch.square),
 )
 
 

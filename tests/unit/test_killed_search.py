@@ -6,10 +6,12 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.spec.loading import check_tree
@@ -55,16 +57,22 @@ def measure(trial: TrialSpec, step: int) -> tuple[float, float]:
     return (0.5 + 0.4 * done - 0.3 * weight**2 + noise, 1.0 - done * (0.8 * weight + 0.1))
 
 
-def run(spec: SweepSpec, folder: Path, kills: Iterator[bool]) -> list[Record]:
-    """Run a search one trial at a time to its end; killed, it is followed by another in the same folder."""
+def run(spec: SweepSpec, folder: Path, kills: Iterator[bool], closes: Iterator[bool]) -> list[Record]:
+    """Run a search one trial at a time to its end; killed, it is followed by another in the same folder.
+
+    Args:
+        spec: The sweep.
+        folder: Where it lies.
+        kills: At each moment, whether the driver goes.
+        closes: At each kill, whether it was one that the driver saw coming, as Ctrl-C is.
+    """
     log = RecordLog(folder / "records.jsonl")
 
     def moment() -> None:
         if next(kills):
             raise KilledError
 
-    def go_on() -> None:
-        schedule = Schedule(spec, folder, log.read())
+    def go_on(schedule: Schedule) -> None:
         rungs = build_rungs(spec, folder, asha_lets_on, schedule.baseline_score)
         while isinstance(trial := schedule.next(), TrialSpec):
             moment()
@@ -87,10 +95,15 @@ def run(spec: SweepSpec, folder: Path, kills: Iterator[bool]) -> list[Record]:
         return made_up(trial, *measure(trial, STEPS))
 
     while True:
+        schedule = Schedule(spec, folder, log.read())
         try:
-            go_on()
+            go_on(schedule)
             return log.read()
         except KilledError:
+            if next(closes):
+                schedule.close()
+                points = [point for name in left(folder)[1] for point in told(folder, name)]
+                assert not any(point.state == TrialState.RUNNING for point in points)
             log = RecordLog(folder / "records.jsonl")
 
 
@@ -164,13 +177,14 @@ def test_a_search_killed_at_random_moments_decides_as_one_that_was_not(
     tmp_path: Path, sampler: str, scope: str, scheduler: str
 ) -> None:
     spec = make_spec(sampler, scheduler=scheduler, scope=scope)
-    whole = run(spec, tmp_path / "whole", iter(lambda: False, None))
+    whole = run(spec, tmp_path / "whole", repeat(False), repeat(False))
     assert {record.status for record in whole} == {"complete", "pruned"}
     points = [point for name in left(tmp_path / "whole")[1] for point in told(tmp_path / "whole", name)]
     assert all(point.state.is_finished() for point in points), "none stays running"
     assert any("pruned_at" in point.user_attrs for point in points), "what a point was stopped at is told"
     for seed in range(2 if sampler == "gp" else 5):
         dice, folder = random.Random(seed), tmp_path / f"killed{seed}"
-        killed = run(spec, folder, iter(lambda dice=dice: dice.random() < 0.15, None))
+        closes = cycle((False, True))
+        killed = run(spec, folder, iter(lambda dice=dice: dice.random() < 0.15, None), closes)
         assert [asdict(record) for record in killed] == [asdict(record) for record in whole]
         assert left(folder) == left(tmp_path / "whole")

@@ -192,8 +192,8 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
             "9: deft.epsilon.loguniform.0: must be at least 1e-09 (got 1e-12)",
         ),
         (
-            "deft:\n  approximation: {choice: [l0, l2]}",
-            "7: deft.approximation.choice.1: must be 'auto', 'l0', 'tanh', 'sigmoid' or 'l1' (got \"l2\")",
+            "deft:\n  approximation: {choice: [l0, l3]}",
+            "7: deft.approximation.choice.1: must be 'auto', 'l0', 'tanh', 'sigmoid', 'l1' or 'l2' (got \"l3\")",
         ),
         ("deft:\n  alpha: {choice: [1, true]}", "7: deft.alpha.choice.1: must be a number (got true)"),
         (

@@ -18,7 +18,7 @@ GLUE = {"mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"}
 PUBLISHED = {
     **{f"roberta_large_{kind}": (GLUE, 1, 64, 3e-4) for kind in ("adapter", "lora", "prefix", "prompt")},
     **{f"bert_base_relu_{kind}": (GLUE, 1, 64, 3e-4) for kind in ("adapter", "lora", "prefix", "prompt")},
-    "bert_base_relu_approximations": ({"sst2"}, 4, 64, 3e-4),
+    "bert_base_relu_approximations": ({"sst2"}, 5, 64, 3e-4),
     **{f"t5_{size}_{kind}": ({"squad"}, 1, 64, 3e-5) for size in ("small", "base") for kind in ("adapter", "lora")},
     "flan_t5_xl_adapter": ({"squad"}, 1, 64, 3e-5),
     "flan_t5_xxl_qlora": ({"squad"}, 1, 4, 3e-5),

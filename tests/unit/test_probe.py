@@ -16,18 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
 from deft_ray.density.activation import MlpActivation
-from deft_ray.density.approximations import L0, L1, Approximation, Sigmoid, Tanh
+from deft_ray.density.approximations import L0, L1, L2, Approximation, Sigmoid, Tanh
 from deft_ray.density.counts import TAUS, DensityCounts
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.density.sites import Site
 
 WIDE = L0(1e-2)
-APPROXIMATIONS: list[Approximation] = [WIDE, Tanh(2.0), Sigmoid(3.0), L1()]
+APPROXIMATIONS: list[Approximation] = [WIDE, Tanh(2.0), Sigmoid(3.0), L1(), L2()]
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "l0": lambda act: act**2 / (act**2 + 1e-2),
     "tanh": lambda act: torch.tanh(2.0 * act),
     "sigmoid": lambda act: 2 * torch.sigmoid(3.0 * act.abs()) - 1,
     "l1": lambda act: act.abs(),
+    "l2": lambda act: act * act,
 }
 
 

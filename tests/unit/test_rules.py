@@ -675,6 +675,25 @@ def test_a_first_rung_that_no_trial_reaches_is_named(steps: int, first: float) -
     assert faults_of(search=search | {"first_rung": 0.5}, train={"steps": max(steps, 2)}) == []
 
 
+@pytest.mark.parametrize("steps", [3, 4])
+def test_two_rungs_at_one_step_are_named(steps: int) -> None:
+    message = f"a trial of {steps} steps has two rungs at one step: 1, 1 (got {steps}); give more steps, "
+    message += "a larger search.first_rung, or scheduler none"
+    search = {"scheduler": "mo_asha"}
+    found = faults_of(search=search, train={"steps": steps})
+    assert found == [(("train", "steps"), message)]
+    assert faults_of(search=search, train={"steps": 5}) == []
+
+
+def test_hours_of_gpus_without_one_are_named() -> None:
+    message = "is never spent without a GPU (got 2.0); take wall_hours or steps"
+    for machine, resources in ((Machine(4, 0), {}), (Machine(4, 1), {"gpus_per_worker": 0})):
+        found = faults_of(budget={"gpu_hours": 2.0}, resources=resources, machine=machine)
+        assert found == [(("budget", "gpu_hours"), message)]
+    assert faults_of(budget={"gpu_hours": 2.0}, machine=Machine(4, 1)) == []
+    assert faults_of(budget={"gpu_hours": 2.0}, machine=None) == [], "a cluster has what it has"
+
+
 def test_front_seeds_are_for_points_of_one_seed() -> None:
     assert faults_of(search={"seeds": [3], "front_seeds": 3}) == []
     message = "is for points of one seed (got 3); search.seeds trains every point with 2"

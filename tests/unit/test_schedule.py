@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from deft_ray.results.records import Record
 from deft_ray.spec.loading import check_tree
@@ -356,6 +357,29 @@ def test_a_point_that_was_half_asked_is_whole_in_the_study_afterwards(
     assert before + after == whole
     for trial in told(tmp_path / "cut", "nano-sentiment"):
         assert {"deft.alpha", "deft.approximation", "train.batch_size"} <= trial.params.keys()
+
+
+@pytest.mark.parametrize(("search", "ended"), [({}, 5), ({"seeds": [0, 1]}, 5), ({"scope": "shared"}, 5)])
+def test_no_point_stays_running_when_a_sweep_ends_in_the_middle(
+    tmp_path: Path, search: dict[str, Any], ended: int
+) -> None:
+    """One trial under way, or one seed or task of a point still to come: told as stopped, and gone on with later."""
+    spec = make_spec(sampler="tpe", **search)
+    whole = run_noisy(Schedule(spec, tmp_path / "whole", []), [])
+    records: list[Record] = []
+    first = Schedule(spec, tmp_path / "cut", [])
+    before = run_noisy(first, records, ended)
+    assert isinstance(first.next(), TrialSpec)
+    first.close()
+    names = sorted(file.stem for file in (tmp_path / "cut").glob("*.log"))
+    points = [point for name in names for point in told(tmp_path / "cut", name)]
+    stopped = [point for point in points if point.user_attrs.get("ending") == "stopped"]
+    assert stopped
+    assert {point.state for point in stopped} == {TrialState.FAIL}
+    assert not any(point.state == TrialState.RUNNING for point in points)
+    assert before + run_noisy(Schedule(spec, tmp_path / "cut", list(records)), records) == whole
+    after = [point for name in names for point in told(tmp_path / "cut", name)]
+    assert {point.user_attrs["ending"] for point in after} <= {"complete", "infeasible"}
 
 
 def test_sampling_no_more_leaves_no_point_with_half_its_seeds(tmp_path: Path) -> None:

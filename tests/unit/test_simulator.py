@@ -99,6 +99,28 @@ def test_the_known_front_is_nearly_the_computed_one(
         assert 0.98 < areas[0] / areas[1] <= 1.0
 
 
+def test_the_conditional_problems_known_front_is_nearly_the_computed_one(benchmark: Any) -> None:
+    """Beside the best ε, β and λ at the start by the problem's own formula, with layer scales and without."""
+    _, problems, module = benchmark
+    problem = problems["conditional"]
+    base = problem.truth(problem.without_loss(), 81)
+    best = {"deft.epsilon": 1e-5, "deft.beta": 10**1.3, "deft.lambda_init": 1.0}
+    points = [
+        problem.truth({**best, "deft.alpha": alpha, "deft.approximation": approximation, "deft.adaptive": adaptive}, 81)
+        for alpha in np.geomspace(0.01, 30.0, 2000)
+        for approximation in ("l0", "sigmoid")
+        for adaptive in (False, True)
+    ]
+    least = base[0] - problem.max_score_drop
+    computed = np.array([base, *(point for point in points if point[0] >= least - 1e-9)])
+    known = module.best_front(problem)
+    for reference in ((0.5, 1.0), (least, base[1])):
+        areas = [
+            moocore.hypervolume(values * [-1.0, 1.0], ref=[-reference[0], reference[1]]) for values in (known, computed)
+        ]
+        assert 0.97 < areas[0] / areas[1] <= 1.0
+
+
 def test_rays_searcher_is_told_which_way_is_better(benchmark: Any) -> None:
     """The better score at the same density, and the lower density at the same score, dominate in its study."""
     _, problems, _ = benchmark
