@@ -20,7 +20,7 @@ from store import store
 from sweeps import ROOT, run_sweep
 
 from deft_ray.results.against import Found, compare_sweeps
-from deft_ray.results.records import RecordLog
+from deft_ray.results.records import Record, RecordLog
 
 SPEC = "benchmarks/early_stopping.yaml"
 
@@ -51,7 +51,12 @@ def main() -> None:
             "max_score_drop": limit,
             "pruned": sum(record.status == "pruned" for record in records["mo_asha"]),
             "tasks": [
-                {"task": task, "with": told(found), "without": told(other)} for task, (found, other) in compared.items()
+                {
+                    "task": task,
+                    "with": told(found, records["mo_asha"], task),
+                    "without": told(other, records["none"], task),
+                }
+                for task, (found, other) in compared.items()
             ],
         },
     )
@@ -63,12 +68,13 @@ def run(scheduler: str, folder: Path) -> Path:
     return folder
 
 
-def told(found: Found) -> dict[str, Any]:
-    """What the JSON keeps."""
+def told(found: Found, records: list[Record], task: str) -> dict[str, Any]:
+    """What the JSON keeps; front seeds are never stopped, and one sweep may have more of them than the other."""
     low = found.lowest
     return {
         "trials": found.trials,
         "steps": found.steps,
+        "front_seed_steps": sum(each.steps for each in records if each.task == task and each.is_front_seed),
         "hypervolume": found.hypervolume,
         "lowest_density": None if low is None else low.density,
         "its_score": None if low is None else low.score,

@@ -80,8 +80,11 @@ def test_what_early_stopping_saves_and_loses_is_what_was_measured() -> None:
     rows = table_of("Early stopping on real trainings")
     found = measured("early_stopping")["tasks"]
     assert [row[0] for row in rows] == [task["task"] for task in found]
-    for (_, here, there, saved, area, whole, lost, *_), task in zip(rows, found, strict=True):
+    for (_, here, there, saved, *points, area, whole, lost, _, _), task in zip(rows, found, strict=True):
         mine, other = task["with"], task["without"]
+        own = [one["steps"] - one["front_seed_steps"] for one in (mine, other)]
+        assert [int(cell.replace(",", "")) for cell in points[:2]] == own
+        assert float(points[2].rstrip("%")) == pytest.approx(100 - 100 * own[0] / own[1], abs=0.06)
         assert [int(cell.replace(",", "")) for cell in (here, there)] == [mine["steps"], other["steps"]]
         assert [float(area), float(whole)] == pytest.approx([mine["hypervolume"], other["hypervolume"]], abs=6e-5)
         share = 100 * (other["steps"] - mine["steps"]) / other["steps"]
