@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from scipy.stats import ttest_rel
+from torch import Tensor, nn
 
 from deft_ray.models.base import Base
 from deft_ray.spec.schema import TrialSpec
@@ -304,3 +307,52 @@ def test_what_cannot_share_a_base_is_refused_and_leaves_the_others_alone(
     assert run(slot, 2) == losses
     assert [seat.name for seat in pack.seats] == ["default"]
     slot.close()
+
+
+def test_with_dropout_slots_leave_what_they_leave_alone_in_distribution(
+    trial: Trial, base_of: Any, ranks: Ranks
+) -> None:
+    """Slots share one stream of dropout, so no trial is the same; over 20 seeds none of its figures leans to a side.
+
+    A pack that dropped nothing would: so does a trial alone without dropout.
+    """
+    figures: dict[str, list[np.ndarray]] = {"pack": [], "alone": [], "no dropout": []}
+    for seed in range(20):
+        how = {"seed": seed, "train__learning_rate": 3e-3, "deft__alpha": 2.0, "deft__epsilon": 1e-2}
+        specs = [
+            trial("relu-t5", task, trial=f"t{place:04}", **how, adapter__lora_dropout=0.3)
+            for place, task in enumerate(("sst2", "mrpc"))
+        ]
+        base = base_of(specs[0])
+        figures["pack"].append(np.array([figures_of(left) for left in together(specs, [0, 0], base, ranks)]))
+        figures["alone"].append(np.array([figures_of(alone(spec, base, ranks)) for spec in specs]))
+        with no_dropout(base):
+            bare = [trial("relu-t5", spec.task, trial=spec.trial, **how) for spec in specs]
+            figures["no dropout"].append(np.array([figures_of(alone(spec, base, ranks)) for spec in bare]))
+
+    pack, by_itself, without = (np.stack(found) for found in figures.values())
+    assert (pack != by_itself).any(), "another stream"
+    assert (ttest_rel(pack, by_itself).pvalue > 0.001).all()
+    assert (ttest_rel(without, by_itself).pvalue < 0.001).any(axis=1).all(), "each slot's figures would tell"
+
+
+def figures_of(left: Left) -> list[float]:
+    """Mean loss, the length of the adapter's matrices, and density."""
+    length = torch.stack([matrix.norm() for matrix in left.adapter.values()]).norm()
+    density = left.found.counts.density()
+    assert density is not None
+    return [sum(left.losses) / len(left.losses), float(length), density]
+
+
+@contextmanager
+def no_dropout(base: Base) -> Iterator[None]:
+    """Drop nothing inside."""
+    modules = [module for module in base.model.modules() if isinstance(module, nn.Dropout)]
+    before = [module.p for module in modules]
+    for module in modules:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, share in zip(modules, before, strict=True):
+            module.p = share
