@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 from safetensors.torch import load_file
 
 from tests.integration.sweeps import mlflow_runs, records, start, stop, sweep, wait_until
+from tests.searches import told
 from tests.tiny import write_glue, write_tiny_t5
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, when its database is read
@@ -57,7 +59,10 @@ def test_stopped_again_and_again_and_resumed_equals_undisturbed(spec: Path, undi
         now = records(output)
         assert now[:known] == before
         assert known < len(now) < 8
+        points = [point for study in output.glob("search/*.log") for point in told(study.parent, study.stem)]
+        assert number == signal.SIGKILL or not any(point.state == TrialState.RUNNING for point in points)
         before = now
+    assert [point.user_attrs["ending"] for point in points].count("stopped") == 1
 
     again = sweep(spec, output, "--resume")
 

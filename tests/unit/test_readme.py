@@ -18,7 +18,7 @@ def test_the_table_of_what_goes_together_is_what_was_measured() -> None:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
     kinds = [heading.split(",")[0] for heading in lines[0][2:]]
 
-    assert len(rows) == 4 * 4 * 4 * 2
+    assert len(rows) == 5 * 4 * 4 * 2, "approximations, adapters, stages, quantisations"
     assert all(len(row["baseline"]) == 2 for row in rows), "two seeds"
     seen = 0
     for adapter, base, *cells in lines[2:]:
