@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="print what a spec would run")
     plan.add_argument("spec", metavar="SPEC")
     plan.add_argument("--set", dest="overrides", metavar="key=value", action="append", default=[])
-    plan.add_argument("--elsewhere", action="store_true", help="for a cluster: do not count this machine's CPUs")
+    plan.add_argument("--elsewhere", action="store_true", help="for a cluster: do not look at this machine")
     plan.set_defaults(run=_plan)
     report = commands.add_parser("report", help="write front.csv, plots and report.md again, from records")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path)

@@ -48,12 +48,12 @@ class Routing:
         Prefix and prompt tuning have no such layers: they are the only adapter of their base.
 
         Raises:
-            CannotShareError: If one of several adapters is on an embedding.
+            CannotShareError: If one of several adapters is on an embedding or a convolution.
         """
         for module in model.modules():
             if isinstance(module, LoraLayer):
-                if module.lora_embedding_A and len(model.peft_config) > 1:
-                    raise CannotShareError("adapter.target_modules: an adapter on an embedding cannot share a base")
+                if len(model.peft_config) > 1 and (what := _no_matrix(module)):
+                    raise CannotShareError(f"adapter.target_modules: an adapter on {what} cannot share a base")
                 vars(module)["forward"] = partial(self._layer, module, _lora)
             elif isinstance(module, BottleneckLayer):
                 vars(module)["forward"] = partial(self._layer, module, _bottleneck)
@@ -94,6 +94,14 @@ def remove_routing(model: nn.Module) -> None:
             vars(module).pop("forward", None)
 
 
+def _no_matrix(layer: LoraLayer) -> str | None:
+    """Name what a layer is whose update is no product of two matrices."""
+    if layer.lora_embedding_A:
+        return "an embedding"
+    matrices: Any = layer.lora_A.values()
+    return "a convolution" if any(matrix.weight.dim() != 2 for matrix in matrices) else None
+
+
 def _each(functions: Sequence[Callable[[Tensor], Tensor]], routes: Routes, tensor_B: Tensor) -> Tensor:
     """Give each route's rows to a function of its own."""
     parts = split_rows(tensor_B, [rows for _, rows in routes])
@@ -117,7 +125,8 @@ def _lora(layer: Any, routes: Routes, input_B: Tensor, out_B: Tensor) -> Tensor:
     """What PEFT's layer does, in the same order of casts."""
     dropouts = [layer.lora_dropout[name] if name in layer.lora_A else _same for name, _ in routes]
     if layer.training and any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
-        input_B = _each(dropouts, routes, input_B)
+        dtypes = {matrix.weight.dtype for matrix in layer.lora_A.values()}
+        input_B = _each(dropouts, routes, input_B.to(*dtypes))
     updates = [
         Update(rows, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
         for name, rows in routes

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,8 +68,8 @@ def front_probability(
     """Estimate how likely each eligible setting of one task stands on the front.
 
     Score and density of a setting with n seeds are taken to lie about their means with s / √n, where s is the standard
-    deviation over seeds, pooled over all settings that have several: one seed alone says nothing of its scatter. The
-    baseline scatters too, and in each draw a setting has to keep the score limit beside it.
+    deviation over seeds, pooled over all settings that have several: one seed alone says nothing of its scatter. With a
+    limit a setting has to keep it in each draw, too: its drop, each seed against its own baseline, scatters likewise.
 
     Args:
         points: Points of one task.
@@ -78,6 +79,7 @@ def front_probability(
     Returns:
         Probability by the points' ``key``; nothing where no setting has several seeds.
     """
+    points = list(points)
     eligible = _eligible(points)
     several = [point for point in eligible if point.seeds > 1]
     if not several:
@@ -88,16 +90,28 @@ def front_probability(
     spread = pooled / np.sqrt([[point.seeds] for point in eligible])
     means, dice = _objectives(eligible), np.random.default_rng(0)
     hits = np.zeros(len(eligible))
-    reference = next((place for place, point in enumerate(eligible) if point.reference), None)
+    drops = np.array([0.0 if p.reference else p.score_drop or 0.0 for p in eligible])
+    drop_spread = _spread_of_drops(points) / np.sqrt([point.seeds for point in eligible])
+    drop_spread[[point.reference for point in eligible]] = 0.0
+    most = math.inf if max_score_drop is None else max_score_drop + _LEAST
     for _ in range(draws):
-        drawn = means + spread * dice.standard_normal(means.shape)
-        if reference is None or max_score_drop is None:
-            kept = np.arange(len(eligible))
-        else:
-            drop = drawn[:, 0] - drawn[reference, 0]
-            kept = np.flatnonzero(drop <= max_score_drop + _LEAST)
+        noise = dice.standard_normal(means.shape)
+        drawn = means + spread * noise
+        kept = np.flatnonzero(drops + drop_spread * noise[:, 0] <= most)  # a worse score is a larger drop
         hits[kept] += moocore.is_nondominated(drawn[kept], keep_weakly=True)
     return {point.key: float(count) / draws for point, count in zip(eligible, hits, strict=True)}
+
+
+def _spread_of_drops(points: Iterable[Point]) -> float:
+    """Standard deviation of score drops over the seeds of a setting, pooled; 0 where no setting has several."""
+    drops = defaultdict[tuple[str, str, float], list[float]](list)
+    for point in points:
+        if point.eligible and not point.reference and point.score_drop is not None:
+            drops[point.key].append(point.score_drop)
+    several = [found for found in drops.values() if len(found) > 1]
+    freedom = sum(len(found) - 1 for found in several)
+    squares = sum((len(found) - 1) * np.var(found, ddof=1) for found in several)
+    return math.sqrt(squares / freedom) if several else 0.0
 
 
 def front(points: Iterable[Point]) -> list[Point]:

@@ -152,7 +152,7 @@ def _rungs(view: View) -> Iterator[Fault]:
             yield path, f"{what}; give more steps, a smaller search.first_rung, or scheduler none"
             return
         factor = view.get("search.reduction_factor", SearchSection.model_fields["reduction_factor"].default)
-        if is_count(steps) and is_number(first) and is_number(factor) and factor > 1:
+        if is_count(steps) and is_number(first) and is_number(factor) and 0 < first < 1 < factor - 0.4:
             places = rung_places(shares_of(first, factor), steps)
             if len(set(places)) < len(places):
                 yield (

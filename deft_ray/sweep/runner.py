@@ -184,8 +184,10 @@ class _Sweep:
             reason, status = "interrupted by the user", "stopped"
             raise
         finally:
-            self.schedule.close()
-            problems = self.books.finish(reason, status, {"wall time": f"{time.time() - self.began:.0f} s"})
+            try:
+                self._close_studies()
+            finally:
+                problems = self.books.finish(reason, status, {"wall time": f"{time.time() - self.began:.0f} s"})
         if self.failure is not None:
             raise SetupError(f"{reason}\ncontinue with --resume once it is mended")
         if self.misplaced:
@@ -196,6 +198,12 @@ class _Sweep:
             tasks = ", ".join(self.schedule.failed_tasks)
             raise BaselineError(f"no usable baseline for {tasks}; see report.md for the cause")
         return self.run_dir
+
+    def _close_studies(self) -> None:
+        try:
+            self.schedule.close()
+        except OSError as error:  # what the sweep ended for matters more
+            _log.warning("%s: points under way stay running in their studies: %s", self.run_dir.search, error)
 
     def _run_trials(self) -> None:
         import ray

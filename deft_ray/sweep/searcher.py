@@ -108,7 +108,9 @@ class TaskSearch:
     def _reopen(self) -> None:
         """Cut off what :meth:`close` told."""
         if self._closed.is_file():
-            os.truncate(self._journal, int(self._closed.read_text(encoding="utf-8")))
+            size = int(self._closed.read_text(encoding="utf-8"))
+            if self._journal.is_file() and self._journal.stat().st_size > size:
+                os.truncate(self._journal, size)
             self._closed.unlink()
 
     def point(self, number: int) -> dict[str, Scalar]:

@@ -44,7 +44,9 @@ class SlotModule(nn.Module):
 
     def forward(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return a zero with these gradients, in the order of :meth:`parameters`; None for one without."""
-        zero: Tensor = _StandIn.apply(gradients, *self.trainable, *self.scales)
+        given = zip(gradients, (*self.trainable, *self.scales), strict=True)
+        used = [(gradient, parameter) for gradient, parameter in given if gradient is not None]
+        zero: Tensor = _StandIn.apply([gradient for gradient, _ in used], *(parameter for _, parameter in used))
         return zero
 
 
@@ -52,13 +54,13 @@ class _StandIn(torch.autograd.Function):
     """A zero with given gradients."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if gradient is None else gradient * grads[0] for gradient in ctx.gradients)
+        return None, *(gradient * grads[0] for gradient in ctx.gradients)
 
 
 def build_engine(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate
+from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.ranks import Ranks
 
 TABLES: list[tuple[dict[str, Any], list[float]]] = [
@@ -57,6 +57,29 @@ def test_only_what_is_given_is_registered_and_its_stand_in_has_the_gradients() -
     assert toy.trained.weight.grad is not None
     assert torch.equal(toy.trained.weight.grad, gradient)
     assert toy.trained.bias.grad is None
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_parameter_that_the_pass_did_not_use_stays(ranks: Ranks, zero_stage: int) -> None:
+    """A layer may be left out of a pass, as OPT's layerdrop does."""
+    used, unused = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    module = SlotModule([used, unused])
+    engine = build_engine(
+        module,
+        batch_size=1,
+        micro_batch_size=1,
+        accumulation=1,
+        learning_rate=0.5,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        zero_stage=zero_stage,
+    )
+    engine.backward(engine([torch.ones(3), None]))
+    engine.step()
+    with whole(module):
+        assert torch.equal(unused.detach(), torch.ones(3))
+        assert used.detach().tolist() == pytest.approx([0.5] * 3), "the first step is as long as the rate"
+    engine.destroy()
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])

@@ -570,18 +570,26 @@ def test_alike_settings_stand_on_the_front_as_often_as_maxima_of_random_points(c
 
 
 def test_who_hardly_keeps_the_limit_stands_as_often_as_it_does() -> None:
-    """Drop 0.0087 of 0.01 allowed, each mean with a standard error of the pooled one: by hand, with SciPy."""
+    """Drop 0.0087 of 0.01 allowed, the mean of three that scatter by 0.011."""
     records = [
         *seeded("b", (0.90, 0.9), (0.90, 0.9), (0.90, 0.9), baseline=True),
         *seeded("x", (0.880, 0.4), (0.902, 0.4), (0.892, 0.4)),
     ]
     found = {p.trial: p.front_probability for p in points(records, 0.01)}
     scores = np.array([0.880, 0.902, 0.892])
-    error = np.sqrt(scores.var(ddof=1) / 2 / 3 * 2)  # pooled over both settings; of two means of three
-    want = norm.cdf((0.01 - (0.90 - scores.mean())) / error)
+    want = norm.cdf((0.01 - (0.90 - scores.mean())) / (scores.std(ddof=1) / np.sqrt(3)))
     assert found["x-0"] == pytest.approx(want, abs=0.06)
     assert 0.5 < want < 0.7
     assert {p.trial: p.front_probability for p in points(records)}["x-0"] == 1.0, "no limit, and the least density"
+
+
+def test_drops_that_never_differ_keep_the_limit_surely_and_are_those_of_their_own_seeds() -> None:
+    baselines = [(0.90, 0.9), (0.94, 0.9), (0.92, 0.9)]
+    steady = seeded("x", *((score - 0.009, 0.4) for score, _ in baselines))
+    found = points([*seeded("b", *baselines, baseline=True), *steady], 0.01)
+    assert {p.trial: p.front_probability for p in found}["x-0"] == 1.0
+    lone = points([*seeded("b", *baselines, baseline=True), *seeded("x", (0.8905, 0.4))], 0.01)
+    assert {p.trial: p.front_probability for p in lone}["x-0"] == 1.0, "0.0095 below its own seed's baseline"
 
 
 def test_who_is_far_ahead_stands_surely_and_one_seed_scatters_as_the_others_do() -> None:

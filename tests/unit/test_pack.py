@@ -289,6 +289,11 @@ def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: A
             "two kinds .*: lora and bottleneck$",
         ),
         ("dry-gpt2", {"adapter__target_modules": ["wte", "c_attn"]}, "an adapter on an embedding cannot share a base"),
+        (
+            "dry-vit",
+            {"task": "cifar10", "adapter__target_modules": ["projection", "fc1"]},
+            "an adapter on a convolution cannot share a base",
+        ),
         ("dry-t5", {"model__activation": "fused"}, "model.activation: 'fused' is not that of the slots beside it"),
         ("dry-bert", {"task": "mnli"}, "heads of two shapes cannot share a base: 2 and 3 outputs"),
     ],
@@ -296,11 +301,11 @@ def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: A
 def test_what_cannot_share_a_base_is_refused_and_leaves_the_others_alone(
     trial: Trial, base_of: Any, ranks: Ranks, model: str, leaves: dict[str, Any], message: str
 ) -> None:
-    first = trial(model, "sst2")
+    first = trial(model, "cifar10" if model == "dry-vit" else "sst2")
     base = base_of(first)
     losses = alone(first, base, ranks).losses[:2]
     pack = Pack(base)
-    slot = Slot(first, base, load_task("sst2", first.data, base), ranks, pack=pack)
+    slot = Slot(first, base, load_task(first.task, first.data, base), ranks, pack=pack)
     second = trial(model, **{"task": "sst2", **leaves})
     with pytest.raises(ValueError, match=message):
         Slot(second, base, load_task(second.task, second.data, base), ranks, pack=pack)

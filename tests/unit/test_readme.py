@@ -110,6 +110,26 @@ def test_what_a_path_finds_is_what_was_measured() -> None:
     assert f"it found {whole[0]} and {whole[1]} % of the hypervolume, and {near[0]} and {near[1]} % of the part" in text
 
 
+def test_slots_in_one_pass_are_as_fast_as_measured() -> None:
+    found = result("packing_base_nf4_float32_cpu")
+    over = {row["slots"]: row["one_by_one_over_together"] for row in found["steps"]}
+    wanted = [over[4]["median"], over[4]["count"], over[4]["lower_quartile"], over[4]["upper_quartile"]]
+    wanted += [over[2]["median"], over[8]["median"], found["routing"]["ratio_of_medians"], 1.15]
+    # "Flan-T5", "NF4" and "4 x 64" have figures of their own
+    assert figures("four slots in one pass")[4:] == [round(figure, 2) for figure in wanted]
+
+
+def test_a_sweeps_makespan_is_what_was_measured() -> None:
+    found = result("makespan")
+    seconds = [round(each["makespan_s"]) for each in found["sweeps"]]
+    assert [each["slots"] for each in found["sweeps"]] == [1, 2, 4, 8]
+    share = round(found["sweep_over_fits"]["4"], 3)
+    wanted = [4, *seconds, round(found["fits"]["makespan_s"]), share, 0.125]
+    assert figures(f"a sweep of {found['trials']} nano trials") == wanted
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"batches of 4 take {seconds[2]} s in place of {seconds[0]}" in text
+
+
 def test_what_early_stopping_saves_and_loses_is_what_was_measured() -> None:
     tasks = result("early_stopping")["tasks"]
     saved = [round(100 * (1 - task["with"]["steps"] / task["without"]["steps"])) for task in tasks]

@@ -675,6 +675,13 @@ def test_a_first_rung_that_no_trial_reaches_is_named(steps: int, first: float) -
     assert faults_of(search=search | {"first_rung": 0.5}, train={"steps": max(steps, 2)}) == []
 
 
+def test_rungs_that_are_none_are_their_own_fault() -> None:
+    """A leaf that is refused already is not counted up to one."""
+    for leaf, value in (("first_rung", 0), ("first_rung", -1), ("reduction_factor", 1.0), ("reduction_factor", 1e-9)):
+        ((path, _),) = faults_of(search={"scheduler": "mo_asha", leaf: value}, train={"steps": 90})
+        assert path == ("search", leaf)
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 def test_two_rungs_at_one_step_are_named(steps: int) -> None:
     message = f"a trial of {steps} steps has two rungs at one step: 1, 1 (got {steps}); give more steps, "
