@@ -64,16 +64,9 @@ def test_a_parameter_that_the_pass_did_not_use_stays(ranks: Ranks, zero_stage: i
     """A layer may be left out of a pass, as OPT's layerdrop does."""
     used, unused = (nn.Parameter(torch.ones(3)) for _ in range(2))
     module = SlotModule([used, unused])
-    engine = build_engine(
-        module,
-        batch_size=1,
-        micro_batch_size=1,
-        accumulation=1,
-        learning_rate=0.5,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        zero_stage=zero_stage,
-    )
+    none = {"weight_decay": 0.0, "max_grad_norm": 0.0}
+    sizes = {"batch_size": 1, "micro_batch_size": 1, "accumulation": 1}
+    engine = build_engine(module, learning_rate=0.5, zero_stage=zero_stage, **sizes, **none)
     engine.backward(engine([torch.ones(3), None]))
     engine.step()
     with whole(module):
