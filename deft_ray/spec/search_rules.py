@@ -152,17 +152,15 @@ def _rungs(view: View) -> Iterator[Fault]:
             yield path, f"{what}; give more steps, a smaller search.first_rung, or scheduler none"
             return
         factor = view.get("search.reduction_factor", SearchSection.model_fields["reduction_factor"].default)
-        if is_count(steps) and is_number(first) and is_number(factor) and 0 < first < 1 < factor - 0.4:
-            places = rung_places(shares_of(first, factor), steps)
-            if len(set(places)) < len(places):
-                yield (
-                    path,
-                    (
-                        f"a trial of {steps} steps has two rungs at one step: {', '.join(map(str, places))} (got "
-                        f"{show(steps)}); give more steps, a larger search.first_rung, or scheduler none"
-                    ),
-                )
-                return
+        if not (is_count(steps) and is_number(first) and is_number(factor) and 0 < first and factor >= 1.5):
+            continue  # refused already
+        places = rung_places(shares_of(first, factor), steps)
+        if len(set(places)) < len(places):
+            what = (
+                f"a trial of {steps} steps has two rungs at one step: {', '.join(map(str, places))} (got {show(steps)})"
+            )
+            yield path, f"{what}; give more steps, a larger search.first_rung, or scheduler none"
+            return
 
 
 def _dial(view: View) -> Iterator[Fault]:
