@@ -152,7 +152,7 @@ def _rungs(view: View) -> Iterator[Fault]:
             yield path, f"{what}; give more steps, a smaller search.first_rung, or scheduler none"
             return
         factor = view.get("search.reduction_factor", SearchSection.model_fields["reduction_factor"].default)
-        if not (is_count(steps) and is_number(first) and is_number(factor) and 0 < first and factor >= 1.5):
+        if not (is_count(steps) and is_number(first) and is_number(factor) and first > 0 and factor >= 1.5):
             continue  # refused already
         places = rung_places(shares_of(first, factor), steps)
         if len(set(places)) < len(places):
