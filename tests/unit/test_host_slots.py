@@ -469,7 +469,7 @@ def test_full_slots_leave_nothing_on_the_base(base: Base, mixed: list[TrialSpec]
 def work(rank: int, folder: Path, trials: list[TrialSpec]) -> None:
     """One of two workers of a host: with one slot, then with three. Reductions are in float32, so this is too."""
     ranks = start_worker(rank, 2, folder)
-    base = load_base(trials[0].model.name, "t5")
+    base = load_base(trials[0].model.name, "t5", quantization=trials[0].model.quantization)
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(PassCost, "groups", lambda _cost, sizes: [list(range(len(sizes)))])
     passes: list[int] = []
@@ -496,7 +496,10 @@ def work(rank: int, folder: Path, trials: list[TrialSpec]) -> None:
     monkeypatch.undo()
 
 
-def test_two_workers_with_three_slots_leave_what_they_leave_with_one(mixed: list[TrialSpec], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_two_workers_with_three_slots_leave_what_they_leave_with_one(
+    mixed: list[TrialSpec], tmp_path: Path, quantization: str
+) -> None:
     """Among them some that are stopped, diverge, cannot start, cannot share the base, and fail on one worker only."""
 
     def changed(trial: TrialSpec, name: str, **sections: dict[str, Any]) -> TrialSpec:
@@ -504,6 +507,7 @@ def test_two_workers_with_three_slots_leave_what_they_leave_with_one(mixed: list
         return trial.model_copy(
             update={
                 "trial": name,
+                "model": trial.model.model_copy(update={"quantization": quantization}),
                 "train": trial.train.model_copy(update=train),
                 "deft": trial.deft.model_copy(update={"epsilon": 1e-2}),
                 **{section: getattr(trial, section).model_copy(update=leaves) for section, leaves in sections.items()},
