@@ -102,12 +102,16 @@ def _draw_marks(axes: Any, figure: FrontFigure) -> None:
 
 
 def _draw_legend(canvas: Any, axes: Any) -> None:
+    """In one row where all names fit in the picture's width, else in two or three of smaller print."""
     handles, labels = axes.get_legend_handles_labels()
-    left, columns, size, gap = (0.1, 5, 8.5, 1.6) if len(labels) < 6 else (0.03, 4, 7.5, 1.2)
-    canvas.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(left, 0.165), ncols=columns, frameon=False, fontsize=size,
-        handletextpad=0.4, columnspacing=gap, borderaxespad=0.0,
-    )  # fmt: skip
+    for rows, size in ((1, 8.5), (2, 7.5), (3, 7.5)):
+        legend = canvas.legend(
+            handles, labels, loc="upper left", bbox_to_anchor=(0.02, 0.165), ncols=-(-len(labels) // rows),
+            frameon=False, fontsize=size, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.0,
+        )  # fmt: skip
+        if rows == 3 or legend.get_window_extent(canvas.canvas.get_renderer()).x1 <= 0.98 * canvas.bbox.width:
+            return
+        legend.remove()
 
 
 def _draw_names(canvas: Any, axes: Any, marks: Sequence[Mark]) -> None:

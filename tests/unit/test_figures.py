@@ -320,6 +320,28 @@ def test_seeds_of_a_setting_are_one_mark_with_bars(tmp_path: Path) -> None:
     assert draw_png(figure, tmp_path / "p.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("taus", [(0.0,), (0.0, 0.1)], ids=["exact", "dialled"])
+@pytest.mark.parametrize("settings", [3, 4], ids=["feasible", "infeasible"])
+def test_nothing_of_a_png_is_cut_at_its_edge(taus: tuple[float, ...], settings: int, tmp_path: Path) -> None:
+    """Two seeds: with thresholds and an infeasible point, every name that a legend can hold."""
+    from matplotlib import image
+
+    points = [("t0", 0.9, 0.9, 0.0), ("t1", 0.88, 0.5, 0.1), ("t2", 0.86, 0.7, 0.5), ("t3", 0.5, 0.3, 1.0)][:settings]
+    records = [
+        make_record(
+            f"{trial}-s{seed}", score, density, baseline=weight == 0.0, seed=seed, setting=trial, config=alpha(weight),
+            dial=dial(*((tau, score - tau / 20, density - tau * weight - tau / 20) for tau in taus)),
+        )
+        for trial, score, density, weight in points
+        for seed in (0, 1)
+    ]  # fmt: skip
+    figure = front_figure_data(records, "squad", 0.05)
+    assert len({mark.role for mark in figure.marks}) == settings
+    pixels = image.imread(draw_png(figure, tmp_path / "p.png"))[:, :, :3]
+    assert (pixels[:, -10:] == 1.0).all()
+    assert (pixels[:, :10] == 1.0).all()
+
+
 def test_a_model_in_a_folder_is_named_without_it() -> None:
     assert (
         front_figure_data(SWEEP, "squad", model="/home/me/flan-t5-xl").title == "squad, flan-t5-xl, bfloat16, gelu_new"
