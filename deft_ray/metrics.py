@@ -38,6 +38,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("density_decoder", "fraction", "down", "the same over the decoder's layers only (teacher-forced)"),
     Metric("density_decoder_generated", "fraction", "down", "the same while the decoder writes its answers"),
     Metric("density_paper", "fraction", "down", "the same with the padding of its batches counted"),
+    Metric("density_feature_map", "fraction", "down", "share of neurons that any real token makes non-zero"),
     Metric("score_drop", "fraction", "down", "baseline score minus score, same task and seed"),
     Metric("density_change", "fraction", "up", "(baseline density - density) / baseline density, same task and seed"),
     Metric("loss", "nats", "down", "training loss of the step, density term included"),

@@ -118,7 +118,7 @@ def train_plain(
 
 
 class PlainCounts:
-    """Non-zeros and totals by side, one unpadded row at a time.
+    """Non-zeros and totals by side, and by activation the neurons ever non-zero, one unpadded row at a time.
 
     Args:
         model: Whose activations; counted while ``on``.
@@ -127,17 +127,19 @@ class PlainCounts:
 
     def __init__(self, model: torch.nn.Module, virtual: int = 0) -> None:
         self.nonzero, self.total, self.on = {"encoder": 0, "decoder": 0}, {"encoder": 0, "decoder": 0}, True
-        self.every, self.virtual = [0, 0], virtual
+        self.every, self.virtual, self.used = [0, 0], virtual, dict[str, Tensor]()
         for name, module in model.named_modules():
             if name.endswith(("DenseReluDense.act", "intermediate_act_fn", "mlp.act", "activation_fn")):
                 side = "decoder" if any(part in f".{name}" for part in (".decoder.", ".transformer.h.")) else "encoder"
-                module.register_forward_hook(lambda _m, _i, act, side=side: self.add(side, act))
+                module.register_forward_hook(lambda _m, _i, act, side=side, name=name: self.add(side, name, act))
 
-    def add(self, side: str, act: Tensor) -> None:
+    def add(self, side: str, name: str, act: Tensor) -> None:
         if self.on:
             real = act[:, self.virtual :] if self.virtual and side == "encoder" else act
             self.nonzero[side] += int((real != 0).sum())
             self.total[side] += real.numel()
+            used = (real != 0).reshape(-1, real.shape[-1]).any(dim=0)
+            self.used[name] = self.used.get(name, used) | used
             self.every[0] += int((act != 0).sum())
             self.every[1] += act.numel()
 

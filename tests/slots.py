@@ -190,6 +190,8 @@ def check_density(found: Evaluation, plain: PlainCounts) -> None:
     assert found.counts.density() == pytest.approx(both, abs=5e-5)
     assert 0.3 < both < 0.999, "a density of one would prove nothing"
     assert sum(int(row[1]) for row in found.counts.rows) == sum(plain.total.values())
+    used = torch.cat(list(plain.used.values())).float().mean()
+    assert found.counts.density_feature_map() == pytest.approx(float(used), abs=5e-3)
 
 
 def check_score(found: Evaluation, said: Sequence[float], labels: Sequence[float], within: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def draw_png(figure: FrontFigure, path: Path) -> Path:
         _draw_front(axes, figure)
         _draw_marks(axes, figure)
         _draw_legend(canvas, axes)
-        _draw_names(canvas, axes, figure.marks)
+        _draw_names(canvas, axes, figure)
     else:
         axes.text(0.5, 0.5, NOTHING, ha="center", va="center", color=DARK, transform=axes.transAxes)
     return write_aside(path, lambda aside: canvas.savefig(aside, metadata={"Software": None}))
@@ -114,10 +115,10 @@ def _draw_legend(canvas: Any, axes: Any) -> None:
         legend.remove()
 
 
-def _draw_names(canvas: Any, axes: Any, marks: Sequence[Mark]) -> None:
-    """Name the baselines and the front's trials where the name touches neither the frame, a mark, nor another name."""
-    renderer = canvas.canvas.get_renderer()
-    taken = [_box(axes, mark) for mark in marks]
+def _draw_names(canvas: Any, axes: Any, figure: FrontFigure) -> None:
+    """Name the baselines and the front's trials where a name touches neither frame, front, mark, nor another name."""
+    renderer, marks = canvas.canvas.get_renderer(), figure.marks
+    taken = [_box(axes, mark) for mark in marks] + _line_boxes(axes, figure)
     frame = axes.get_window_extent(renderer)
     baselines = [mark for mark in marks if mark.role == BASELINE]
     for mark in baselines + [mark for mark in marks if mark.role == FRONT]:
@@ -153,6 +154,16 @@ def _box(axes: Any, mark: Mark) -> Any:
     x, y = axes.transData.transform((mark.density, mark.score))
     half = 14 if mark.role == BASELINE else 7
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
+
+
+def _line_boxes(axes: Any, figure: FrontFigure) -> list[Any]:
+    """Return what each straight piece of the front covers."""
+    from matplotlib.transforms import Bbox
+
+    if not figure.stairs:
+        return []
+    points = axes.transData.transform(list(zip(*outline(figure.stairs, ranges_of(figure)), strict=True)))
+    return [Bbox([start, end]).padded(1) for start, end in pairwise(points)]
 
 
 def _fits(box: Any, frame: Any, taken: Sequence[Any]) -> bool:

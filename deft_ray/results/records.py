@@ -52,6 +52,8 @@ class Record:
         density_decoder_generated: The same while the decoder writes its answers; None where nothing is generated.
         density_paper: The same with the padding of its batches counted; as the authors' code has it where
             ``data.padding`` is ``max_length``, else hardly another figure, as batches hold rows of like length.
+        density_feature_map: Share of neurons that any real token of the split makes non-zero, the paper's "feature
+            map"; None where no evaluation was the trial's last.
         density_at_tau: Share of activations with magnitude above tau, by tau.
         density_layers: Density of each layer, by layer name.
         dial: By threshold τ, 0 among them: score and density on the validation split with activations of magnitude of
@@ -94,6 +96,7 @@ class Record:
     density_decoder: float | None = None
     density_decoder_generated: float | None = None
     density_paper: float | None = None
+    density_feature_map: float | None = None
     density_at_tau: dict[str, float] = field(default_factory=dict, hash=False)
     density_layers: dict[str, float] = field(default_factory=dict, hash=False)
     dial: dict[str, dict[str, float]] = field(default_factory=dict, hash=False)

@@ -72,6 +72,7 @@ class Evaluation:
             "density_decoder": self.counts.density("decoder"),
             "density_decoder_generated": _ratio(self.generated),
             "density_paper": self.counts.density_paper(),
+            "density_feature_map": self.counts.density_feature_map(),
             "density_at_tau": self.counts.density_at_tau(),
             "density_layers": self.counts.density_layers(),
             "dial": self.dial,
@@ -161,10 +162,11 @@ class Evaluator:
 
     def _evaluate(self, examples: list[Example], tau: float, each: bool = False) -> Pieces:
         device = self.ranks.device
-        counts = DensityCounts.empty(self.probe.names, device)
+        counts = DensityCounts.empty(self.probe.names, device, feature_map=each and tau == 0.0)
         generated = torch.zeros(2, dtype=torch.int64, device=device)
         predictions = yield from self._predictions(examples, tau, counts, generated)
-        counts.rows = self.ranks.total(counts.rows)
+        mine = {index: often_F.cpu() for index, often_F in counts.often.items()}
+        counts.join(self.ranks.total(counts.rows), self.ranks.gather(mine))
         if any(value != value for value in predictions):
             raise FloatingPointError("the model's outputs are not finite in the evaluation")
         scores, said = self._score(examples, predictions, each)

@@ -62,6 +62,8 @@ def test_an_encoder_at_each_threshold_as_plain_peft_finds_it(
     slot.close()
 
     assert plain_row.pop("dial") == {}
+    assert plain_row.pop("density_feature_map") is None, "a trial's last evaluation alone notes it"
+    assert row.pop("density_feature_map") > 0.9
     dial = row.pop("dial")
     assert row == plain_row, "the dial changes nothing of what is exact"
     assert list(dial) == ["0", "0.02", "0.1"]

@@ -156,6 +156,27 @@ def test_png_opens_and_is_not_blank(case: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["pareto.png"]
 
 
+@pytest.mark.parametrize("height", [0.9, 0.925, 0.9275, 0.93, 0.95])
+def test_no_name_is_crossed_by_the_front(height: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the front's line running above, through, and below the place that the baseline's name would have first."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *at, **how: [drawn.append(self), save(self, *at, **how)])
+    records = [
+        make_record("t0", 0.92, 0.9, baseline=True, config=alpha(0.0)),
+        make_record("t1", height, 0.3, config=alpha(0.5)),
+        make_record("t2", 0.8, 0.2, config=alpha(1.0)),
+    ]
+    draw_png(front_figure_data(records, "squad"), tmp_path / "p.png")
+    (axes,) = drawn[0].axes
+    front = axes.lines[0].get_path().transformed(axes.lines[0].get_transform())
+    names = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert {"baseline", "t1"} <= names.keys()
+    assert [name for name, box in names.items() if front.intersects_bbox(box, filled=False)] == []
+
+
 def test_png_leaves_no_global_state(tmp_path: Path) -> None:
     import matplotlib
     from matplotlib import _pylab_helpers

@@ -382,13 +382,15 @@ def numpy_counts(act: Tensor, mask: Tensor) -> list[int]:
 def test_counts_are_numpys(real: float, dtype: torch.dtype) -> None:
     dice = torch.Generator().manual_seed(1)
     total: list[list[int]] = [[0] * 7, [0] * 7]
-    counts = DensityCounts.empty(["encoder.0", "decoder.0"])
+    used = np.zeros((2, 11), dtype=bool)
+    counts = DensityCounts.empty(["encoder.0", "decoder.0"], feature_map=True)
     for rows, tokens in ((3, 5), (1, 1), (4, 2)):
         for index in range(2):
             act = torch.relu(torch.randn(rows, tokens, 11, generator=dice) * 0.05).to(dtype)
             mask = (torch.rand(rows, tokens, generator=dice) < real).long()
             counts.add(index, act, mask)
             total[index] = [a + b for a, b in zip(total[index], numpy_counts(act, mask), strict=True)]
+            used[index] |= (act.float().numpy()[mask.numpy().astype(bool)] != 0).any(axis=0)
 
     assert counts.rows.tolist() == total
     both = [a + b for a, b in zip(*total, strict=True)]
@@ -399,6 +401,7 @@ def test_counts_are_numpys(real: float, dtype: torch.dtype) -> None:
         {f"{tau:g}": both[4 + i] / both[1] for i, tau in enumerate(TAUS)} if both[1] else {}
     )
     assert counts.density_layers().keys() == ({"encoder.0", "decoder.0"} if both[1] else set())
+    assert counts.density_feature_map() == (used.mean() if both[1] else None)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -411,9 +414,26 @@ def test_counts_are_numpys_whatever_the_shape_and_dtype(seed: int) -> None:
     act = act[..., ::2] if seed % 2 else act[..., :width].contiguous()
     act = act.to(dice.choice([torch.float32, torch.bfloat16, torch.float64]))
     mask = (torch.rand(rows, tokens, generator=noise) < dice.choice([0.0, 0.3, 1.0])).long()
-    counts = DensityCounts.empty(["encoder.0"])
+    counts = DensityCounts.empty(["encoder.0"], feature_map=True)
     counts.add(0, act.reshape(-1, width) if seed % 5 == 0 else act, mask)
     assert counts.rows.tolist() == [numpy_counts(act, mask)]
+    used = (act.float().numpy()[mask.numpy().astype(bool)] != 0).any(axis=0)
+    assert (counts.often[0] > 0).tolist() == used.tolist()
+
+
+def test_a_feature_map_is_of_the_real_tokens_of_all_batches_and_ranks() -> None:
+    """A neuron that fires at padding alone is not used; one that fires once, wherever, is."""
+    first, second = (DensityCounts.empty(["encoder.0", "encoder.1"], feature_map=True) for _ in range(2))
+    real, act = torch.tensor([[1, 1, 0]]), torch.zeros(1, 3, 4)
+    act[0, 2, 0] = act[0, 1, 1] = 1.0
+    first.add(0, act, real)
+    first.add(0, 0 * act, real)
+    first.add(1, 0 * act, real)
+    second.add(0, act.roll(1, dims=-1) * -1e-30, real)
+    assert first.density_feature_map() == 1 / 8
+    assert second.density_feature_map() == 1 / 4
+    first.join(first.rows + second.rows, [first.often, second.often, {}])
+    assert first.density_feature_map() == 2 / 8
 
 
 def test_a_nan_counts_as_non_zero_and_above_no_threshold() -> None:

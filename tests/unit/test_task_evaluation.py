@@ -191,8 +191,8 @@ def test_sureness_that_is_no_number_is_not_compared(
 def evaluate_shaken(spec: TrialSpec, base: Base, ranks: Ranks) -> dict[str, Any]:
     """Evaluate a slot whose adapter does something; tell which windows fell to this rank."""
     slot = shaken(new_slot(spec, base, ranks), SPREAD, seed=1)
-    found = slot.evaluate()
-    left = {"counts": found.counts.rows, "scores": found.scores}
+    found = slot.evaluate(last=True)
+    left = {"counts": found.counts.rows, "used": found.counts.density_feature_map(), "scores": found.scores}
     slot.close()
     return left
 
@@ -223,6 +223,7 @@ def test_two_workers_score_questions_and_splits_as_one_does(
         assert first[index]["scores"] == second[index]["scores"] == pytest.approx(alone["scores"], abs=1e-6)
         assert torch.equal(first[index]["counts"], second[index]["counts"])
         assert torch.equal(first[index]["counts"][:, 1], alone["counts"][:, 1])
+        assert first[index]["used"] == second[index]["used"] == pytest.approx(alone["used"], abs=5e-3)
     validation = load_task("squad", squad.data, base_of(squad)).validation
     order = sorted(range(len(validation)), key=lambda index: (-len(validation[index].input_ids), index))
     rank_of = {place: number // squad.train.eval_batch_size % 2 for number, place in enumerate(order)}
