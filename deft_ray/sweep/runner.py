@@ -157,7 +157,9 @@ class _Sweep:
         from deft_ray.sweep.schedule import Schedule
 
         self.spec, self.run_dir, self.plan, self.address = spec, run_dir, plan, address
-        self.schedule = Schedule(spec, run_dir.search, RecordLog(run_dir.records).read())
+        known = RecordLog(run_dir.records).read()
+        self.schedule = Schedule(spec, run_dir.search, known)
+        self._clock = "wall time since it was resumed" if known else "wall time"
         self.books = Books(spec, run_dir, self.schedule, plan.slots)
         self.failure: str | None = None
         self.spent: str | None = None
@@ -187,7 +189,7 @@ class _Sweep:
             try:
                 self._close_studies()
             finally:
-                problems = self.books.finish(reason, status, {"wall time": f"{time.time() - self.began:.0f} s"})
+                problems = self.books.finish(reason, status, {self._clock: f"{time.time() - self.began:.0f} s"})
         if self.failure is not None:
             raise SetupError(f"{reason}\ncontinue with --resume once it is mended")
         if self.misplaced:

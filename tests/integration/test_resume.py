@@ -76,6 +76,8 @@ def test_stopped_again_and_again_and_resumed_equals_undisturbed(spec: Path, undi
         mine, theirs = load_file(output / name), load_file(undisturbed / name)
         assert mine.keys() == theirs.keys()
         assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
+    assert "- wall time since it was resumed: " in (output / "report.md").read_text()
+    assert "- wall time: " in (undisturbed / "report.md").read_text()
     parents, nested = mlflow_runs(output)
     assert len(parents) == 1
     assert sorted(run.data.tags["deft_ray.trial"] for run in nested) == [record["trial"] for record in after]
