@@ -41,7 +41,13 @@ _DROPS = (0.0, 0.01)
 
 _NO_BASELINE = "No usable baseline: nothing to compare these scores with."
 
-_TIMES = (("startup_s", "start-up"), ("train_s", "training"), ("eval_s", "evaluation"), ("wall_s", "whole trial"))
+_TIMES = (
+    ("startup_s", "start-up"),
+    ("train_s", "training"),
+    ("eval_s", "evaluation"),
+    ("rest_s", "trials beside it on its host, checkpoints"),
+    ("wall_s", "whole trial"),
+)
 
 
 def write_results(
@@ -206,10 +212,16 @@ def _heading(
         "Score limit": _limit(max_score_drop),
         "Ended because": stop_reason,
         "Early stopping": early_stopping(records),
+        "Peak memory": _peak_memory(records),
         **extra,
     }
     lines = [f"- {_cell(name)}: {_cell(value)}" for name, value in facts.items() if value not in ("", None)]
     return "\n".join([f"# Sweep {_cell(spec_name)}", "", *lines])
+
+
+def _peak_memory(records: Iterable[Record]) -> str:
+    peaks = [record.peak_memory_gib for record in records if record.peak_memory_gib]
+    return f"{max(peaks):.2f} GiB in the fullest worker, with all trials that it trained at once" if peaks else ""
 
 
 def early_stopping(records: Iterable[Record]) -> str:
@@ -413,8 +425,11 @@ def _some(trials: Sequence[str]) -> str:
 def _time_split(records: Sequence[Record]) -> str:
     complete = [record for record in records if record.status == "complete"]
     spent = {"wall_s": [record.wall_s for record in complete if record.wall_s == record.wall_s]}
-    for name in ("startup_s", "train_s", "eval_s"):
+    own = ("startup_s", "train_s", "eval_s")
+    for name in own:
         spent[name] = [record.times[name] for record in complete if name in record.times]
+    timed = [record for record in complete if record.times and record.wall_s == record.wall_s]
+    spent["rest_s"] = [record.wall_s - sum(record.times.get(name, 0.0) for name in own) for record in timed]
     rows = [_line([words, f"{median(spent[name]):.1f}"]) for name, words in _TIMES if spent[name]]
     if not rows:
         return ""

@@ -82,6 +82,12 @@ def test_heading(tmp_path: Path) -> None:
     ]
 
 
+def test_the_fullest_workers_memory_is_told(tmp_path: Path) -> None:
+    peaks = [make_record(f"t{i}", 0.8, 0.2, peak_memory_gib=peak) for i, peak in enumerate((1.25, None, 2.5, 0.0))]
+    assert "\n- Peak memory: 2.50 GiB in the fullest worker" in report(tmp_path, peaks)
+    assert "Peak memory" not in report(tmp_path, peaks[1:2])
+
+
 def test_a_path_is_told(tmp_path: Path) -> None:
     path = [
         make_record("t1", 0.8, 0.2, started_from="t0", steps=10),
@@ -101,7 +107,8 @@ def test_causes_come_once_with_their_trials(tmp_path: Path) -> None:
 
 def test_times_are_medians_of_complete_trials(tmp_path: Path) -> None:
     text = report(tmp_path, SWEEP)
-    assert "| training | 6.0 |\n| evaluation | 2.0 |\n| whole trial | 20.0 |" in text
+    rest = "| trials beside it on its host, checkpoints | 13.0 |"  # 6 and 20 s
+    assert f"| training | 6.0 |\n| evaluation | 2.0 |\n{rest}\n| whole trial | 20.0 |" in text
     assert "start-up" not in text
 
 
