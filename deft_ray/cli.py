@@ -9,9 +9,10 @@ from pathlib import Path
 import yaml
 
 from deft_ray.errors import DeftRayError, RecordsError
+from deft_ray.models.footprint import predict_footprint
 from deft_ray.spec.loading import load_spec
+from deft_ray.spec.machine import this_machine
 from deft_ray.spec.plan import build_plan, format_plan
-from deft_ray.spec.rules import this_machine
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> None:
     machine = this_machine()
     spec = load_spec(options.spec, options.overrides, None if options.elsewhere else machine)
-    print(format_plan(build_plan(spec, f"runs/{spec.name}", machine)))
+    if options.elsewhere:
+        machine = machine.without_memory()
+    print(format_plan(build_plan(spec, f"runs/{spec.name}", machine, predict_footprint(spec, machine))))
 
 
 def _report(options: argparse.Namespace) -> None:

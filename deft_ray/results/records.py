@@ -73,7 +73,13 @@ class Record:
         warning: What the user should know of a trial that ran all the same.
         times: Where the time went: ``startup_s``, ``train_s``, ``eval_s``, ...
         trainable_share: Trainable parameters over all parameters.
-        peak_memory_gib: Peak memory of the fullest worker.
+        peak_memory_gib: Peak memory of the fullest worker since its base was last without a trial.
+        packing: ``slots``, trials that its host took at once by then; ``passes`` of the trial's micro-batches, of
+            them ``shared`` with other trials; of these ``part_s``, its part of their seconds, beside ``alone_s``, what
+            they would have taken alone by what the host has learnt of passes.
+        host_memory_gib: What its host measured at the first step of a trial that had the base to itself: taken by the
+            ``base`` before, by such a trial at its longest (``slot``), and ``free`` beside the base; empty where no
+            trial had.
         adapter: URI or path of the saved adapter.
         started_at: Unix seconds.
         ended_at: Unix seconds.
@@ -112,6 +118,8 @@ class Record:
     times: dict[str, float] = field(default_factory=dict, hash=False)
     trainable_share: float | None = None
     peak_memory_gib: float | None = None
+    packing: dict[str, float] = field(default_factory=dict, hash=False)
+    host_memory_gib: dict[str, float] = field(default_factory=dict, hash=False)
     adapter: str | None = None
     started_at: float = 0.0
     ended_at: float = 0.0

@@ -212,6 +212,8 @@ def _heading(
         "Score limit": _limit(max_score_drop),
         "Ended because": stop_reason,
         "Early stopping": early_stopping(records),
+        "Packing": packing(records),
+        "Memory of a host": host_memory(records),
         "Peak memory": _peak_memory(records),
         **extra,
     }
@@ -222,6 +224,33 @@ def _heading(
 def _peak_memory(records: Iterable[Record]) -> str:
     peaks = [record.peak_memory_gib for record in records if record.peak_memory_gib]
     return f"{max(peaks):.2f} GiB in the fullest worker, with all trials that it trained at once" if peaks else ""
+
+
+def packing(records: Iterable[Record]) -> str:
+    """Say how many trials hosts trained at once, and what passes that they shared have saved; nothing with one."""
+    found = [record.packing for record in records if record.packing]
+    most = max((int(mine.get("slots", 1)) for mine in found), default=1)
+    passes, shared, part_s, alone_s = (
+        sum(mine.get(key, 0.0) for mine in found) for key in ("passes", "shared", "part_s", "alone_s")
+    )
+    if most < 2:
+        return ""
+    told = f"up to {most} trials at once on a host; {shared / max(passes, 1):.0%} of {passes:,.0f} passes were shared"
+    if not alone_s:
+        return told
+    saved = f"{alone_s - part_s:,.0f} s saved" if alone_s >= part_s else f"{part_s - alone_s:,.0f} s lost"
+    return f"{told}, in {part_s:,.0f} s where {alone_s:,.0f} s are expected one by one ({saved})"
+
+
+def host_memory(records: Iterable[Record]) -> str:
+    """Say what hosts have measured: of each figure the largest, and the least of what was free."""
+    found = [record.host_memory_gib for record in records if record.host_memory_gib]
+    if not found:
+        return ""
+    base, slot, free = max(m["base"] for m in found), max(m["slot"] for m in found), min(m["free"] for m in found)
+    return (
+        f"{base:.2g} GiB before a trial, {slot:.2g} GiB for a trial at its longest; {free:.3g} GiB free beside the base"
+    )
 
 
 def early_stopping(records: Iterable[Record]) -> str:

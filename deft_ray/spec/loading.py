@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from deft_ray.errors import SpecError
 from deft_ray.spec.catalog import NANO, TRIAL_SECTIONS, guess_family
 from deft_ray.spec.domains import KINDS, Domain, looks_like_domain, parse_domain
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.messages import did_you_mean, section_model, to_faults, unknown_key
-from deft_ray.spec.rules import Machine, check_rules
+from deft_ray.spec.rules import check_rules
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.spec.view import touches
 from deft_ray.spec.yaml_tree import Fault, Path, YamlError, parse, show

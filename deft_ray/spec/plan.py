@@ -6,9 +6,40 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deft_ray.spec.catalog import find_task
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.points import count_points
-from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
+
+#: Trials at once on a host at most, where it finds the number itself: more have gained nothing so far.
+MOST_SLOTS = 8
+#: What of the free memory they may take: the rest is left to evaluations, fragments, and whoever else is there.
+FILLED = 0.9
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a worker's memory is expected to be asked for.
+
+    Args:
+        base_gib: By the base, and on a CPU by the libraries.
+        slot_gib: By each trial at once, in the longest pass that it can have.
+    """
+
+    base_gib: float
+    slot_gib: float
+
+
+def slots_that_fit(free: float, slot: float) -> int:
+    """Trials at once that memory holds: at least one, at most :data:`MOST_SLOTS`.
+
+    Args:
+        free: What is free beside the base, in any unit.
+        slot: What a trial takes, in the same.
+
+    >>> slots_that_fit(20, 4), slots_that_fit(20, 50), slots_that_fit(20, 0)
+    (4, 1, 8)
+    """
+    return next((count for count in range(MOST_SLOTS, 1, -1) if FILLED * free >= count * slot), 1)
 
 
 @dataclass(frozen=True)
@@ -29,8 +60,11 @@ class Plan:
         space: Searched leaves and their domains.
         hosts: Worker groups.
         workers: Workers of a host.
-        slots: Trials that train at once.
-        packing: Why fewer share a base than were asked for, or when they take turns; None where they all can.
+        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit.
+        packing: Why fewer share a base than were asked for, when they take turns, or that hosts find out how many; None
+            where there is nothing to say.
+        footprint: What a worker's memory is expected to be asked for; None where the model's files are not here.
+        free_gib: What is free for a worker before it loads anything; 0 where that is not known.
         resources: Of one worker, in words.
         output: Run directory.
         storage: Where checkpoints go.
@@ -52,6 +86,8 @@ class Plan:
     workers: int
     slots: int
     packing: str | None
+    footprint: Footprint | None
+    free_gib: float
     resources: str
     output: str
     storage: str
@@ -67,17 +103,19 @@ class Plan:
         return {**asdict(self), "trials": self.trials}
 
 
-def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
+def build_plan(spec: SweepSpec, output: str, machine: Machine, footprint: Footprint | None = None) -> Plan:
     """Count what a spec would run.
 
     Args:
         spec: A checked spec.
         output: Run directory.
         machine: Where ``hosts: auto`` and ``gpus_per_worker`` look; a cluster may have more.
+        footprint: What a worker's memory is expected to be asked for, where that can be told.
     """
     tasks, seeds, resources = tuple(spec.data.tasks), tuple(spec.search.seeds), spec.resources
     gpus = gpus_per_worker(spec, machine.gpus)
     hosts = count_hosts(spec, machine)
+    free = free_gib(spec, machine)
     return Plan(
         name=spec.name,
         model=f"{spec.model.name} ({spec.model.family}, {spec.model.quantization}, {spec.model.dtype})",
@@ -92,8 +130,10 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine) -> Plan:
         space={dotted: str(domain) for dotted, domain in spec.space.items()},
         hosts=hosts,
         workers=resources.workers_per_host,
-        slots=_slots(spec, hosts),
+        slots=_slots(spec, hosts, footprint, free),
         packing=packing_of(spec)[1],
+        footprint=footprint,
+        free_gib=free,
         resources=f"{resources.cpus_per_worker} CPU" + (f", {gpus} GPU" if gpus else ""),
         output=output,
         storage=spec.storage or output,
@@ -119,11 +159,24 @@ def count_hosts(spec: SweepSpec, machine: Machine) -> int:
     return max(1, room)
 
 
-def packing_of(spec: SweepSpec) -> tuple[int, str | None]:
-    """Return how many trials share a host's base, and what stands against as many as were asked for, or None."""
-    asked = spec.resources.slots_per_host
+def free_gib(spec: SweepSpec, machine: Machine) -> float:
+    """Memory that is free for one worker: of a GPU all of it, of the machine an equal part; 0 where it is not known."""
+    if gpus_per_worker(spec, machine.gpus):
+        return machine.gpu_memory_gib
+    return machine.memory_gib / (count_hosts(spec, machine) * spec.resources.workers_per_host)
+
+
+def packing_of(spec: SweepSpec) -> tuple[int | None, str | None]:
+    """Say how many trials share a host's base.
+
+    Returns:
+        How many, None where hosts find it out; and what else there is to say of it, such as what stands against as many
+        as were asked for, or None.
+    """
+    asked = None if spec.resources.slots_per_host == "auto" else spec.resources.slots_per_host
     if asked == 1:
         return 1, None
+    found = "expected; each host finds out" if asked is None else None
     # a leaf that is searched is found out trial by trial
     kind = None if "adapter.kind" in spec.space else spec.adapter.kind
     stage = None if "train.zero_stage" in spec.space else spec.train.zero_stage
@@ -133,14 +186,31 @@ def packing_of(spec: SweepSpec) -> tuple[int, str | None]:
         return 1, "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)"
     tasks = [find_task(name, spec.data) for name in spec.data.tasks]
     if spec.model.family != "t5" and len({len(task.labels) for task in tasks}) > 1:
-        return asked, "trials of tasks with unlike heads take turns"
-    return asked, None
+        return asked, "; ".join(filter(None, (found, "trials of tasks with unlike heads take turns")))
+    return asked, found
 
 
-def _slots(spec: SweepSpec, hosts: int) -> int:
+def _slots(spec: SweepSpec, hosts: int, footprint: Footprint | None, free: float) -> int:
     """Trials at once: of a path one, however many hosts there are."""
-    slots = hosts * packing_of(spec)[0]
+    each = packing_of(spec)[0]
+    if each is None:
+        each = 1 if footprint is None else slots_that_fit(free - footprint.base_gib, footprint.slot_gib)
+    slots = hosts * each
     return slots if spec.search.path is None else min(slots, len(spec.data.tasks) * len(spec.search.seeds))
+
+
+def planned_packing(plan: Plan) -> str:
+    """What a report sets what was measured beside."""
+    return f"{plan.slots} trials at once on {plan.hosts} hosts; {_memory(plan)}"
+
+
+def _memory(plan: Plan) -> str:
+    """What a worker's memory is asked for."""
+    if plan.footprint is None:
+        return "not told: the model's weights are not here as safetensors"
+    base, slot = f"{plan.footprint.base_gib:.2g} GiB for the base", f"{plan.footprint.slot_gib:.2g} GiB"
+    free = f"; {plan.free_gib:.3g} GiB free" if plan.free_gib else ""
+    return f"about {base} and {slot} for each trial at once, on each worker{free}"
 
 
 def _further(front_seeds: int | None) -> str:
@@ -162,6 +232,7 @@ def format_plan(plan: Plan) -> str:
         ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} {kind}, {length}"),
         ("seeds", ", ".join(map(str, plan.seeds)) + _further(plan.front_seeds)),
         ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once{why}"),
+        ("memory", _memory(plan)),
         ("run directory", plan.output),
         ("checkpoints", plan.storage),
         ("MLflow", plan.tracking),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from deft_ray.spec.catalog import (
@@ -19,35 +17,13 @@ from deft_ray.spec.catalog import (
     TEXT_TO_TEXT,
 )
 from deft_ray.spec.domains import Domain
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.messages import did_you_mean
 from deft_ray.spec.own import own_faults, own_kinds
 from deft_ray.spec.schema import AdapterSection, DeftSection, Section
 from deft_ray.spec.search_rules import SEARCH_RULES
 from deft_ray.spec.view import View, all_values, is_count, touches
 from deft_ray.spec.yaml_tree import Fault, Path, show
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What one machine offers to a sweep.
-
-    Args:
-        cpus: Logical processors.
-        gpus: GPUs.
-    """
-
-    cpus: int
-    gpus: int
-
-
-def this_machine() -> Machine:
-    """Count this machine's processors and NVIDIA GPUs, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    else:
-        gpus = len(glob.glob("/dev/nvidia[0-9]*"))
-    return Machine(cpus=os.cpu_count() or 1, gpus=gpus)
 
 
 def check_rules(

@@ -232,14 +232,15 @@ class ResourcesSection(Section):
         workers_per_host: Workers of each.
         cpus_per_worker: CPUs of each.
         gpus_per_worker: GPUs of each; None for one where there are any.
-        slots_per_host: Trials that train at once on one base, in passes that they share where that costs less.
+        slots_per_host: Trials that train at once on one base, in passes that they share where that costs less; ``auto``
+            for as many as memory holds and as make a difference.
     """
 
     hosts: Positive | Literal["auto"] = 1
     workers_per_host: Positive = 1
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[int, Field(ge=0)] | None = None
-    slots_per_host: Positive = 1
+    slots_per_host: Positive | Literal["auto"] = 1
 
 
 class TrackingSection(Section):

@@ -58,14 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     # Pydantic would look through every installed package for plugins, and a plan or a fault would wait for it.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    from deft_ray.models.footprint import predict_footprint
     from deft_ray.spec.loading import load_spec
+    from deft_ray.spec.machine import this_machine
     from deft_ray.spec.plan import build_plan, format_plan
-    from deft_ray.spec.rules import this_machine
 
     machine = this_machine()
     spec = load_spec(options.spec, options.overrides, machine if options.address is None else None)
     output = options.output or Path("runs") / spec.name
-    plan = build_plan(spec, str(output), machine)
+    if options.address is not None:
+        machine = machine.without_memory()
+    plan = build_plan(spec, str(output), machine, predict_footprint(spec, machine))
     _print(format_plan(plan))
     if options.plan:
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class Board:
         self._waiting: deque[str] = deque()
         self._given_up: str | None = None
         self._lives: dict[str, int] = {}
+        self._asking: set[tuple[str, int]] = set()
 
     def submit(self, trial: str, spec: str) -> None:
         """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again."""
@@ -61,7 +62,7 @@ class Board:
             TrialSpec as JSON, attempt, and whether it must have the host to itself: at its last attempt, so that it is
             known who it is that costs hosts. None if no trial waits.
         """
-        if not self._waiting or life != self._lives.get(host, 0):
+        if not self._waiting or life != self._lives.get(host, 0) or self._is_another_freer(host):
             return None
         entry = self.entries[self._waiting[0]]
         apart = entry.attempt + 1 >= MAX_ATTEMPTS
@@ -70,6 +71,15 @@ class Board:
         self._waiting.popleft()
         entry.state, entry.host, entry.attempt = "running", host, entry.attempt + 1
         return entry.trial, entry.attempt, apart
+
+    def asks(self, host: str, life: int, *, still: bool) -> None:
+        """Note that a host waits for a trial, or no longer: of those that do, who has fewest trials is served."""
+        (self._asking.add if still else self._asking.discard)((host, life))
+
+    def _is_another_freer(self, host: str) -> bool:
+        asking = {other for other, life in self._asking if life == self._lives.get(other, 0)}
+        held = Counter(entry.host for entry in self.entries.values() if entry.state == "running")
+        return any(held[other] < held[host] for other in asking)
 
     def add_row(self, trial: str, attempt: int, row: Row, now: float) -> bool:
         """Take a row; False if it comes from a lost attempt, or after the end.

@@ -22,6 +22,7 @@ class Dispatcher:
         self._changed = asyncio.Condition()
         self._hosts_ended: dict[str, str | None] = {}
         self._predictions: dict[str, dict[str, list[float]]] = {}
+        self._slots: dict[str, int] = {}
 
     async def submit(self, trial: str, spec: str) -> None:
         """Queue a trial."""
@@ -33,7 +34,11 @@ class Dispatcher:
         def find() -> Any:
             return "closed" if self._board.closed else self._board.claim(host, life)
 
-        return await self._wait_for(find) or "wait"
+        self._board.asks(host, life, still=True)
+        try:
+            return await self._wait_for(find) or "wait"
+        finally:
+            self._board.asks(host, life, still=False)
 
     async def add_row(self, trial: str, attempt: int, row: Row) -> bool:
         """Take a host's row; False tells the host that nobody wants it any more."""
@@ -78,6 +83,14 @@ class Dispatcher:
     async def hosts_ended(self) -> dict[str, str | None]:
         """Hosts that will not come back, and why."""
         return self._hosts_ended
+
+    async def has_slots(self, host: str, slots: int) -> None:
+        """A host takes so many trials at once from now on."""
+        self._slots[host] = slots
+
+    async def slots(self) -> dict[str, int]:
+        """Trials that hosts take at once, of those that have told."""
+        return self._slots
 
     async def close(self) -> None:
         """Tell every host to end, at its next step if it is busy."""

@@ -33,7 +33,8 @@ class HostSettings:
         workers: Workers of a host.
         cpus: CPUs of a worker.
         gpus: GPUs of a worker.
-        slots: Trials that train at once on a host.
+        slots: Trials that train at once on a host; None where it finds that out.
+        memory_share: Which part of its machine's free memory each worker may take.
         shared_ray: Whether Ray was there before the sweep, and stays after it.
     """
 
@@ -44,7 +45,8 @@ class HostSettings:
     workers: int
     cpus: int
     gpus: int
-    slots: int
+    slots: int | None
+    memory_share: float
     shared_ray: bool
 
 
@@ -156,7 +158,7 @@ def serve(config: dict[str, Any]) -> None:
         return
     ranks = Ranks(rank, context.get_world_size(), base.model.device)
     inbox = DispatcherInbox(dispatcher, host, life)
-    Host(base, ranks, inbox, settings.checkpoints, host, settings.slots).serve()
+    Host(base, ranks, inbox, settings.checkpoints, host, settings.slots, settings.memory_share).serve()
 
 
 class DispatcherInbox:
@@ -209,6 +211,10 @@ class DispatcherInbox:
         if row["kind"] == "end":
             self._stops.pop(trial, None)
             ray.get(sent)
+
+    def has_slots(self, slots: int) -> None:
+        """Tell the sweep how many trials this host takes at once."""
+        self._dispatcher.has_slots.remote(self._host, slots)
 
 
 def storage_path(storage: str) -> str:

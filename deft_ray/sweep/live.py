@@ -20,7 +20,7 @@ class LiveLines:
     """
 
     def __init__(self, done: int, slots: int, stream: TextIO) -> None:
-        self._done, self._slots, self._stream = done, max(1, slots), stream
+        self._done, self.slots, self._stream = done, max(1, slots), stream
         self._walls: list[float] = []
 
     def ended(self, record: Record, point: Point, sampled: Mapping[str, Any], remaining: int) -> None:
@@ -36,7 +36,7 @@ class LiveLines:
         self._walls.append(record.wall_s)
         total = self._done + remaining
         head = f"[{self._done:>{len(str(total))}}/{total}] {record.trial}  {record.task:<15} seed {record.seed}"
-        left = sum(self._walls) / len(self._walls) * remaining / self._slots
+        left = sum(self._walls) / len(self._walls) * remaining / self.slots
         tail = f"{record.wall_s:6.1f} s  {format_left(left)} left" if remaining else f"{record.wall_s:6.1f} s"
         if record.status == "complete" and record.score is not None and record.density is not None:
             middle = f"{record.score_metric} {record.score:.3f} ({_drop(point)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -16,9 +17,18 @@ from typing import Any
 
 from deft_ray.errors import BaselineError, SetupError
 from deft_ray.models.folder import check_model_folder
+from deft_ray.models.footprint import predict_footprint
 from deft_ray.spec.catalog import FAMILY_KINDS, NANO, find_task, own_file
-from deft_ray.spec.plan import Plan, build_plan, count_hosts, gpus_per_worker, packing_of
-from deft_ray.spec.rules import Machine, this_machine
+from deft_ray.spec.machine import Machine, this_machine
+from deft_ray.spec.plan import (
+    MOST_SLOTS,
+    Plan,
+    build_plan,
+    count_hosts,
+    gpus_per_worker,
+    packing_of,
+    planned_packing,
+)
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.tasks.own import check_own_files
@@ -136,8 +146,8 @@ def run_sweep(
     spec = with_absolute_paths(spec)
     run_dir = RunDir(output)
     preflight(spec, run_dir, resume, extend)
-    machine = this_machine()
-    plan = build_plan(spec, str(output), machine)
+    machine = this_machine() if address is None else this_machine().without_memory()
+    plan = build_plan(spec, str(output), machine, predict_footprint(spec, machine))
     if not run_dir.begun:
         run_dir.create(spec, plan)
     else:
@@ -166,6 +176,8 @@ class _Sweep:
         self.stalled: str | None = None
         self.misplaced: list[str] = []
         self._tuned = threading.Event()
+        self._slots: int | None = None
+        """Trials that all hosts take at once, where they find it out; one more is asked for, so that none waits."""
         self.began = time.time()
         self._budget = Budget(spec, self.began)
 
@@ -189,7 +201,8 @@ class _Sweep:
             try:
                 self._close_studies()
             finally:
-                problems = self.books.finish(reason, status, {self._clock: f"{time.time() - self.began:.0f} s"})
+                facts = {self._clock: f"{time.time() - self.began:.0f} s", "Planned": planned_packing(self.plan)}
+                problems = self.books.finish(reason, status, facts)
         if self.failure is not None:
             raise SetupError(f"{reason}\ncontinue with --resume once it is mended")
         if self.misplaced:
@@ -231,7 +244,8 @@ class _Sweep:
                 thread.start()
             try:
                 with _terminated_as_interrupted():
-                    self._tune(dispatcher, near_driver, storage, count * settings.slots)
+                    self._slots = count if settings.slots is None else None
+                    self._tune(dispatcher, near_driver, storage, count * (settings.slots or MOST_SLOTS))
             finally:
                 self._tuned.set()
                 watch.join()
@@ -301,7 +315,8 @@ class _Sweep:
 
         have = ray.cluster_resources()
         machine = Machine(int(have.get("CPU", 0)), int(have.get("GPU", 0)))
-        resources = self.spec.resources
+        resources, count = self.spec.resources, count_hosts(self.spec, machine)
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
         settings = HostSettings(
             run=f"{self.run_dir.sweep_id}-{int(self.began)}",
             storage=f"{storage}/ray",
@@ -311,18 +326,25 @@ class _Sweep:
             cpus=resources.cpus_per_worker,
             gpus=gpus_per_worker(self.spec, machine.gpus),
             slots=packing_of(self.spec)[0],
+            memory_share=1 / (resources.workers_per_host * math.ceil(count / nodes)),
             shared_ray=self.address is not None,
         )
-        return settings, count_hosts(self.spec, machine)
+        return settings, count
 
     def _watch_hosts(self, ray: Any, dispatcher: Any, count: int) -> None:
         """End the sweep if every host has given up: nobody else would serve the waiting trials."""
         while not self._tuned.wait(1.0):
+            self._look_at_slots(ray.get(dispatcher.slots.remote()), count)
             ended = ray.get(dispatcher.hosts_ended.remote())
             if len(ended) == count:
                 self.failure = "; ".join(sorted({cause for cause in ended.values() if cause}))
                 ray.get(dispatcher.give_up.remote(f"no host is left: {self.failure}"))
                 return
+
+    def _look_at_slots(self, found: dict[str, int], count: int) -> None:
+        """Where hosts find out how many trials they take at once, heed what they have found."""
+        if self._slots is not None:
+            self._slots = self.books.live.slots = sum(found.values()) + count - len(found)
 
     def _tune(self, dispatcher: Any, near_driver: dict[str, float], storage: str, slots: int) -> None:
         from ray import tune
@@ -355,8 +377,10 @@ class _Sweep:
 
         self._check_budget()
         self.misplaced = self.books.misplaced_reference()
-        ends = self.failure is not None or self.spent is not None or self.misplaced
-        return Nothing.MORE if ends else self.schedule.next()
+        if self.failure is not None or self.spent is not None or self.misplaced:
+            return Nothing.MORE
+        is_full = self._slots is not None and self.schedule.under_way > self._slots
+        return Nothing.YET if is_full else self.schedule.next()
 
     def _check_budget(self) -> None:
         """Once spent, always spent; without its baselines a sweep is worth nothing, so they run in any case.

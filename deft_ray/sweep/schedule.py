@@ -74,6 +74,11 @@ class Schedule:
         return points or len(self._front_trials())
 
     @property
+    def under_way(self) -> int:
+        """Trials that were given out and have not ended."""
+        return len(self._given - self._ended.keys())
+
+    @property
     def skipped(self) -> int:
         """Sampled trials that will not run since :meth:`sample_no_more`."""
         lost = self.failed_tasks

@@ -18,10 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import theilslopes
 
-#: Turns in which all slots pass alone, and then as many in which they pass together, before anything is known.
+#: Turns of slots beside each other in which all pass alone, each followed by one in which they pass together, before
+#: anything is known: by turns, so that what slows the machine slows both.
 TRIED = 3
-#: Passes that are remembered for each number of slots.
-REMEMBERED = 16
+#: Every so many turns one slot passes alone, so that what is known of such passes is not of another hour.
+PROBED = 32
+#: Passes that are remembered for each number of slots, for so many turns: fewer where there were none since.
+REMEMBERED, REMEMBERED_TURNS, KEPT = 16, 4 * PROBED, 4
+#: Fewer slots will do if a trial's part of a pass costs at most so much more with them: the search then learns sooner.
+WORTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,38 @@ class PassCost:
     """Learns what passes cost."""
 
     def __init__(self) -> None:
-        self._seen: defaultdict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._seen: defaultdict[int, deque[tuple[int, int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._turns = 0
         self._line: tuple[float, float] | None = None
 
     def add(self, sizes: Sequence[Size], seconds: float) -> None:
         """Note a pass."""
-        self._seen[len(sizes)].append((tokens_of(sizes), seconds))
+        self._seen[len(sizes)].append((self._turns, tokens_of(sizes), seconds))
+
+    @property
+    def tokens_alone(self) -> int:
+        """Tokens of the longest pass of a single slot that is remembered; 0 before there is one."""
+        return max((tokens for _, tokens, _ in self._seen[1]), default=0)
+
+    def alone_s(self, size: Size) -> float | None:
+        """Seconds that a slot's pass is expected to take by itself; None while nothing is known."""
+        if self._line is None:
+            return None
+        fixed, each = self._line
+        return fixed + each * tokens_of([size])
+
+    def slots_worth(self, most: int) -> int:
+        """Slots that are worth having, of at most so many.
+
+        Two before anything is known, as it takes two to learn it. Then the fewest of which a trial's part of a pass is
+        expected to cost at most :data:`WORTH` more than with the most.
+        """
+        if self._line is None:
+            return min(most, 2)
+        fixed, each = self._line
+        tokens = float(np.mean([tokens / count for count, passes in self._seen.items() for _, tokens, _ in passes]))
+        best = fixed / most + each * tokens
+        return next(count for count in range(1, most + 1) if fixed / count + each * tokens <= (1 + WORTH) * best)
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Say which slots share a pass: the split that is expected to cost least.
@@ -73,24 +103,35 @@ class PassCost:
         everybody = list(range(len(sizes)))
         if len(sizes) < 2:
             return [everybody] if everybody else []
+        if not self._turns:
+            self._seen.clear()  # first passes are slow: the machine is starting
         self._turns += 1
-        if self._turns <= TRIED:
-            return [[place] for place in everybody]
         if self._turns <= 2 * TRIED:
-            return [everybody]
+            return [[place] for place in everybody] if self._turns % 2 else [everybody]
         if self._line is None or self._turns % REMEMBERED == 0:
             self._line = self._fit()
-        return self._cheapest(sizes, *self._line)
+        if self._turns % PROBED:
+            return self._cheapest(sizes, *self._line)
+        probe = self._turns // PROBED % len(sizes)
+        rest = [place for place in everybody if place != probe]
+        split = self._cheapest([sizes[place] for place in rest], *self._line)
+        return [[probe], *([rest[place] for place in group] for group in split)]
 
     def _fit(self) -> tuple[float, float]:
         """Seconds of a pass and of each of its tokens: the median of the slopes between any two passes (Theil, Sen)."""
-        seen = [each for passes in self._seen.values() for each in passes]
+        seen = [each for passes in self._seen.values() for each in self._recent(passes)]
         if len({tokens for tokens, _ in seen}) < 2:
             return 1.0, 0.0
         tokens, seconds = zip(*seen, strict=True)
         with np.errstate(invalid="ignore"):  # of its confidence interval, which nobody asked for
             slope, fixed, *_ = theilslopes(seconds, tokens)
         return max(float(fixed), 0.0), max(float(slope), 0.0)
+
+    def _recent(self, passes: Sequence[tuple[int, int, float]]) -> list[tuple[int, float]]:
+        """Tokens and seconds of passes that are not too long ago, or of the last few."""
+        first = self._turns - REMEMBERED_TURNS
+        recent = [(tokens, seconds) for turn, tokens, seconds in passes if turn > first]
+        return recent if len(recent) >= KEPT else [each[1:] for each in list(passes)[-KEPT:]]
 
     @staticmethod
     def _cheapest(sizes: Sequence[Size], fixed: float, each: float) -> list[list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from deft_ray.spec.resolve import rung_places
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.evaluation import Evaluation
-from deft_ray.train.slot import Slot, StepResult
+from deft_ray.train.slot import Packed, Slot, StepResult
 from deft_ray.train.storage import TrialStorage
 
 if TYPE_CHECKING:
@@ -131,6 +130,7 @@ class Run:
             self.storage.load(latest["step"], self.slot.load)
             self.clock = _Clock(**latest["clock"])
             self.evaluated, self.judged = latest["evaluated"], latest.get("rung_rows", [])
+            self.slot.packed = Packed(**latest.get("packed", {}))
             self.predictions = latest.get("predictions", {})
             for row in self.judged if self.ranks.leads else ():
                 self.inbox.send(self.trial.trial, row)  # whoever judges it may have been killed before he could
@@ -184,6 +184,7 @@ class Run:
         began = time.monotonic()
         meta = {
             "clock": vars(self.clock),
+            "packed": vars(self.slot.packed),
             "evaluated": self.evaluated,
             "rung_rows": self.judged,
             "predictions": self.predictions,
@@ -193,7 +194,7 @@ class Run:
         self.clock.save_s += self._saved - began
 
     def _end(self, status: str) -> None:
-        peak = max(self.ranks.gather(peak_memory_gib()))
+        peak = max(self.ranks.gather(self.host.memory.peak / 2**30))
         adapter, lambdas = None, dict[str, float]()
         with self.slot.whole():
             if self.ranks.leads:
@@ -226,6 +227,8 @@ class Run:
             "warning": self._warning(),
             "trainable_share": self.slot.trainable_share,
             "times": dict(vars(self.clock)),
+            "packing": {"slots": self.host.slots, **vars(self.slot.packed)},
+            "host_memory_gib": self.host.memory_gib,
             "host": self.host.name,
             "versions": versions(),
             "started_at": self.started,
@@ -266,13 +269,6 @@ def rung_steps(steps: int, shares: Sequence[float]) -> dict[int, int]:
     """
     found = {step: rung for rung, step in enumerate(rung_places(shares, steps))}
     return {step: rung for step, rung in found.items() if step < steps}
-
-
-def peak_memory_gib() -> float:
-    """Peak memory: of the GPU in this trial, or of this process since it started."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @lru_cache

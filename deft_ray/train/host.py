@@ -24,11 +24,14 @@ import torch
 from deft_ray.models.base import Base
 from deft_ray.models.routing import CannotShareError
 from deft_ray.spec.catalog import find_task
+from deft_ray.spec.plan import MOST_SLOTS
 from deft_ray.spec.schema import DataSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
 from deft_ray.tasks.images import class_names
 from deft_ray.tasks.rows import hold_out, load_beside, load_rows
+from deft_ray.train.cost import tokens_of
 from deft_ray.train.course import Run, Stepped, end_row
+from deft_ray.train.memory import DeviceMemory, FirstStep, Holds
 from deft_ray.train.pack import Pack
 from deft_ray.train.ranks import Ranks, is_about_company
 from deft_ray.train.slot import Slot, StepResult, step_together
@@ -72,6 +75,9 @@ class Inbox(Protocol):
     def send(self, trial: str, row: dict[str, Any]) -> None:
         """Send a row of a running trial; called on rank 0, and by a rank that fails alone."""
 
+    def has_slots(self, slots: int) -> None:
+        """Take note of how many trials the host takes at once; told on rank 0 whenever that changes."""
+
 
 class Host:
     """Serves trials on one base.
@@ -82,12 +88,29 @@ class Host:
         inbox: See :class:`Inbox`.
         checkpoints: Folder or URI of all trials' checkpoints.
         name: Name of the host in records.
-        slots: Trials that train at once.
+        slots: Trials that train at once; None for as many as memory is found to hold, and as make a difference.
+        memory_share: Which part of the machine's free memory each worker may take.
+
+    Attributes:
+        slots: Trials that it takes at once; where it finds that out, one until a trial's first step has been measured.
+        memory: Of this worker's device.
     """
 
-    def __init__(self, base: Base, ranks: Ranks, inbox: Inbox, checkpoints: str, name: str, slots: int = 1) -> None:
+    def __init__(
+        self,
+        base: Base,
+        ranks: Ranks,
+        inbox: Inbox,
+        checkpoints: str,
+        name: str,
+        slots: int | None = 1,
+        memory_share: float = 1.0,
+    ) -> None:
         self.base, self.ranks, self.inbox, self.checkpoints, self.name = base, ranks, inbox, checkpoints, name
-        self._slots = slots
+        self._asked, self.slots = slots, slots or 1
+        self.memory = DeviceMemory(base.model.device, memory_share)
+        self._first: FirstStep | None = None
+        self._holds: Holds | None = None
         self._pack: Pack | None = None
         self._runs: list[Run] = []
         self._held: Taken | None = None
@@ -99,6 +122,11 @@ class Host:
     def limit(self) -> int | None:
         """Slots that memory holds, once it has not held one more."""
         return self._pack.limit if self._pack is not None else None
+
+    @property
+    def memory_gib(self) -> dict[str, float]:
+        """What the base and a trial take, and what was free beside the base, as measured; empty before that."""
+        return {} if self._holds is None else {name: value / 2**30 for name, value in vars(self._holds).items()}
 
     def serve(self) -> None:
         """Take trials until the inbox has no more.
@@ -131,8 +159,7 @@ class Host:
             self._start(taken)
 
     def _has_room(self) -> bool:
-        most = min(self._slots, self.limit or self._slots)
-        free = len(self._runs) < most and not any(run.apart for run in self._runs)
+        free = len(self._runs) < self.slots and not any(run.apart for run in self._runs)
         return free and self._held is None and not self._closed
 
     def _start(self, taken: Taken) -> None:
@@ -154,9 +181,9 @@ class Host:
 
     def _open(self, taken: Taken, started: float) -> Run:
         trial = taken.trial
+        self._first = None
         if not self._runs:
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            self._first = FirstStep(self.memory)
             fused = trial.model.activation == "fused"
             self._pack = self._pack if self._pack and self._pack.fused == fused else Pack(self.base, fused=fused)
         storage = TrialStorage(self.checkpoints, trial.trial, fingerprint(trial))
@@ -185,7 +212,9 @@ class Host:
             if isinstance(result, Exception):
                 self._end(run, result)
         steps = [(run, result) for run, result in zip(runs, results, strict=True) if isinstance(result, StepResult)]
-        self._agree_on_limit()
+        if steps and self._first is not None:
+            self._measure(steps[0][0].slot, self._first)
+        self._agree_on_slots()
         if not steps:
             return
         flags = self.ranks.maximum(*(int(flag) for run, result in steps for flag in run.flags(result)))
@@ -193,11 +222,31 @@ class Host:
             diverged, stop, save = map(bool, flags[3 * number : 3 * number + 3])
             self._go_on(run, Stepped(result, diverged, stop, save))
 
-    def _agree_on_limit(self) -> None:
-        """Take the lowest limit of all ranks, where several slots may share a pass."""
-        if self._slots > 1 and self._pack is not None:
-            (limit,) = self.ranks.maximum(-(self._pack.limit or self._slots))
-            self._pack.limit = -limit if -limit < self._slots else None
+    def _measure(self, slot: Slot, first: FirstStep) -> None:
+        """Take what the first step of a trial that has the base to itself says of memory; the largest trial counts."""
+        tokens = tokens_of([slot.longest])
+        holds = first.holds(tokens / max(self._pack.cost.tokens_alone if self._pack else 0, 1))
+        if self._holds is None or holds.slot > self._holds.slot:
+            self._holds = holds
+        self._first = None
+
+    def _agree_on_slots(self) -> None:
+        """Take the lowest numbers of all ranks: of slots that memory holds in a pass, and of trials at once."""
+        if self._asked == 1 or self._pack is None:
+            return
+        most = self._asked or MOST_SLOTS
+        limit, slots = (-low for low in self.ranks.maximum(-(self._pack.limit or most), -self._wanted_slots()))
+        self._pack.limit = limit if limit < most else None
+        slots = min(slots, limit)
+        if slots != self.slots and self.ranks.leads:
+            self.inbox.has_slots(slots)
+        self.slots = slots
+
+    def _wanted_slots(self) -> int:
+        """Slots that this rank is for."""
+        if self._asked is not None or self._holds is None or self._pack is None:
+            return self._asked or 1
+        return self._pack.cost.slots_worth(self._holds.slots)
 
     def _go_on(self, run: Run, stepped: Stepped | None = None) -> None:
         """Let a trial go on to its next pass."""

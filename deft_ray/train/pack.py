@@ -74,10 +74,16 @@ class Found:
     Args:
         loss: Its task loss, without a gradient.
         gradients: Of its parameters, in their order; None for one that the pass did not use.
+        beside: Slots in the pass.
+        part_s: Seconds of the pass that are its own, where it was shared and it is known what passes cost; else 0.
+        alone_s: Seconds that a pass of its own would have taken, as far as that is known; else 0.
     """
 
     loss: Tensor
     gradients: list[Tensor | None]
+    beside: int = 1
+    part_s: float = 0.0
+    alone_s: float = 0.0
 
 
 class Pack:
@@ -249,12 +255,17 @@ class Pack:
         return [found.pop(place) for place in range(len(shares))]  # an error that is kept here would keep this frame
 
     def _timed(self, shares: Sequence[Share]) -> list[Found]:
-        began = time.perf_counter()
+        began = _clock()
         found = self.run(shares)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.cost.add([share.size for share in shares], time.perf_counter() - began)
-        return found
+        seconds, sizes = _clock() - began, [share.size for share in shares]
+        self.cost.add(sizes, seconds)
+        alone = [self.cost.alone_s(size) or 0.0 for size in sizes]
+        if len(shares) < 2 or not sum(alone):
+            return [replace(mine, beside=len(shares)) for mine in found]
+        return [
+            replace(mine, beside=len(shares), part_s=seconds * its / sum(alone), alone_s=its)
+            for mine, its in zip(found, alone, strict=True)
+        ]
 
     @contextmanager
     def alone(self, seat: Seat) -> Iterator[None]:
@@ -331,6 +342,14 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return functional.mse_loss(logits.squeeze(), labels.squeeze())
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
+
+
+def _clock() -> float:
+    """Seconds that tell passes apart: on a CPU those in which this process computes, as others compute beside it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -40,6 +40,7 @@ from deft_ray.models.routing import CannotShareError
 from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
+from deft_ray.train.cost import Size
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.evaluation import Evaluation, Evaluator, Pieces
 from deft_ray.train.pack import Found, Pack, Share
@@ -66,6 +67,30 @@ class StepResult:
     density_loss: float | None
     penalty: float | None
     learning_rate: float
+
+
+@dataclass
+class Packed:
+    """What a slot had of passes that it shared.
+
+    Args:
+        passes: Passes in all.
+        shared: Of them with other slots.
+        part_s: Its part of the seconds of those of which ``alone_s`` is known.
+        alone_s: Seconds that they would have taken alone, by what the host has learnt of passes.
+    """
+
+    passes: int = 0
+    shared: int = 0
+    part_s: float = 0.0
+    alone_s: float = 0.0
+
+    def add(self, found: Found) -> None:
+        """Count a pass."""
+        self.passes += 1
+        self.shared += found.beside > 1
+        self.part_s += found.part_s
+        self.alone_s += found.alone_s
 
 
 @dataclass
@@ -170,6 +195,7 @@ class Slot:
         self.trial, self.base, self.data, self.ranks = trial, base, data, ranks
         self.steps = planned_steps(trial, len(data.train))
         self._step: _Step | None = None
+        self.packed = Packed()
         self.done, self._before = 0, trial.steps_before or steps_of(trial.epochs_before, trial, len(data.train))
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
@@ -265,11 +291,21 @@ class Slot:
         step.under_way = penalty, shares, item_share
         return Share(self.seat, batch, penalty, item_share * self.ranks.world)
 
+    @property
+    def longest(self) -> Size:
+        """The largest micro-batch that the slot can have: its longest source and its longest answer in one."""
+        train, data = self.data.train, self.trial.data
+        source, target = max(e.source_tokens for e in train), max(len(e.target_ids) for e in train)
+        if data.padding == "max_length":
+            source, target = max(source, data.max_source_tokens), max(target, data.max_target_tokens)
+        return Size(self.micro, source, target)
+
     def take(self, found: Found) -> StepResult | None:
         """Take what a pass found; returns what the step left once all its micro-batches are through."""
         step = self._step
         assert step is not None
         assert step.under_way is not None
+        self.packed.add(found)
         loss = self.engine(found.gradients)
         self.engine.backward(loss * self.accumulation)
         self.engine.step()

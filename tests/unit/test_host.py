@@ -29,7 +29,7 @@ class Killed(BaseException):
     """The worker is gone: nobody handles this."""
 
 
-def kill() -> None:
+def kill(*_given: Any, **_options: Any) -> None:
     raise Killed
 
 
@@ -55,6 +55,7 @@ class Inbox:
         self.steps, self.followed = 0, list[str]()
         self.stepped = Counter[str]()
         self.sent: list[tuple[str, Row]] = []
+        self.slots: list[int] = []
 
     def next_trial(self, wait: bool) -> Taken | str:
         found = self.trials.pop(0)
@@ -73,6 +74,9 @@ class Inbox:
     def send(self, trial: str, row: Row) -> None:
         assert trial in self.followed
         self.sent.append((trial, row))
+
+    def has_slots(self, slots: int) -> None:
+        self.slots.append(slots)
 
     @property
     def rows(self) -> list[Row]:
@@ -348,7 +352,7 @@ def test_predictions_outlive_a_kill_after_the_last_evaluation(trial: Trial, serv
     leaves = {"train__steps": 3, "train__checkpoint_every_s": 0.0}
     calm = serve(Inbox(trial(trial="t0001", **leaves)))
     with monkeypatch.context() as patch:
-        patch.setattr("deft_ray.train.course.peak_memory_gib", kill)
+        patch.setattr("deft_ray.train.course.Run._end", kill)
         with pytest.raises(Killed):
             serve(Inbox(trial(trial="t0002", **leaves)))
     rows = serve(Inbox(trial(trial="t0002", **leaves)))

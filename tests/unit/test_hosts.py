@@ -23,7 +23,7 @@ def test_workers_with_gpus_talk_over_nccl(monkeypatch: pytest.MonkeyPatch, gpus:
 
     monkeypatch.setattr(hosts, "_HostTrainer", Trainer)
     settings = hosts.HostSettings(
-        "run", "/s", "/c", ModelSection(), workers=3, cpus=2, gpus=gpus, slots=1, shared_ray=False
+        "run", "/s", "/c", ModelSection(), workers=3, cpus=2, gpus=gpus, slots=1, memory_share=1.0, shared_ray=False
     )
     hosts.HostThread(0, settings, dispatcher=None).run()
 

@@ -11,7 +11,7 @@ from deft_ray.errors import SpecError
 from deft_ray.spec.catalog import FAMILY_KINDS, TASKS
 from deft_ray.spec.domains import Domain
 from deft_ray.spec.loading import check_tree, load_spec
-from deft_ray.spec.rules import Machine
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.schema import AdapterSection, DeftSection, ModelSection, SweepSpec
 
 HEAD = """\

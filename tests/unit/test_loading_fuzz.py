@@ -16,7 +16,7 @@ import yaml
 
 from deft_ray.errors import SpecError
 from deft_ray.spec.loading import load_spec
-from deft_ray.spec.rules import Machine
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.schema import SweepSpec
 
 VALID: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 
 from deft_ray.spec.catalog import PUBLISHED_ADAPTERS, PublishedAdapter
 from deft_ray.spec.loading import load_spec
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import build_plan
-from deft_ray.spec.rules import Machine
 
 FOLDER = Path(__file__).parents[2] / "search_spaces" / "paper"
 GLUE = {"mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"}

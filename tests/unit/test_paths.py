@@ -13,7 +13,8 @@ import torch
 from deft_ray.models.base import Base
 from deft_ray.results.records import Record
 from deft_ray.spec.loading import check_tree
-from deft_ray.spec.plan import Machine, build_plan, format_plan
+from deft_ray.spec.machine import Machine
+from deft_ray.spec.plan import build_plan, format_plan
 from deft_ray.spec.points import count_points, first_points
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.schedule import Nothing, Schedule

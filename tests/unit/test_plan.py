@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from deft_ray.spec.loading import check_tree
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import Plan, build_plan, count_hosts, format_plan, gpus_per_worker
-from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 
 LAPTOP = Machine(cpus=8, gpus=0)
@@ -159,6 +159,7 @@ def test_the_text_names_what_a_user_wants_to_know() -> None:
         "steps          160 in all",
         "seeds          0, 1",
         "hosts          2 x 2 workers of 4 CPU, 1 GPU; 2 trials at once",
+        "memory         not told: the model's weights are not here as safetensors",
         "run directory  runs/try",
         "checkpoints    runs/try",
         "MLflow         sqlite:///runs/try/mlflow.db",

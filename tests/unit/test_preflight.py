@@ -18,8 +18,8 @@ import yaml
 from deft_ray.errors import SetupError
 from deft_ray.spec.catalog import find_task
 from deft_ray.spec.loading import check_tree, load_spec
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import build_plan
-from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.__main__ import main
 from deft_ray.sweep.run_dir import RunDir

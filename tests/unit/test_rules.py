@@ -9,8 +9,8 @@ import pytest
 
 from deft_ray.spec.catalog import ADAPTER_LEAVES, FAMILY_ADAPTERS, FAMILY_KINDS, TASKS
 from deft_ray.spec.loading import check_tree
+from deft_ray.spec.machine import Machine, this_machine
 from deft_ray.spec.resolve import to_tree
-from deft_ray.spec.rules import Machine, this_machine
 from deft_ray.spec.schema import AdapterSection
 from deft_ray.spec.view import touches
 from deft_ray.spec.yaml_tree import Fault

@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from deft_ray.results.records import Record
 from deft_ray.spec.loading import check_tree
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import build_plan
 from deft_ray.spec.points import grid
 from deft_ray.spec.resolve import resolve_trial
-from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.sweep.rungs import JOURNAL, Rungs
 from deft_ray.sweep.schedule import Schedule

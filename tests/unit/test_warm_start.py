@@ -12,8 +12,8 @@ import pytest
 from deft_ray.errors import SetupError
 from deft_ray.results.records import Record, RecordLog
 from deft_ray.spec.loading import check_tree
+from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import build_plan
-from deft_ray.spec.rules import Machine
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.run_dir import RunDir
 from deft_ray.sweep.rungs import build_rungs, is_among_the_best
