@@ -34,7 +34,7 @@ _KEPT = {"bert": (10, 2, 3), "roberta": (10, 2, 3), "vit": (10, 2, 3), "opt": (1
 _KEPT_T5 = {"encoder": (12, 3), "decoder": (15, 3)}
 _KEPT_T5_MLP = {True: 8, False: 3}
 #: Copies of an adapted layer's input that dropout before LoRA leaves.
-_DROPPED = 2
+_DROPPED = 1.5
 
 _CONFIG_KEYS = {
     "t5": ("d_model", "d_ff", "num_heads", "num_layers"),
@@ -137,7 +137,8 @@ def _adapter_elements(shape: _Shape, spec: SweepSpec, source: int, target: int) 
     elements = 0.0
     for name, size in _targets(shape, spec.adapter).items():
         tokens = target if name.startswith("decoder.") and target else source
-        elements += tokens * (rank + (_DROPPED * size[1] if drops else 0))
+        entering = size[0] if shape.family == "gpt2" else size[1]  # its Conv1D has them the other way round
+        elements += tokens * (rank + (_DROPPED * entering if drops else 0))
     return elements
 
 
@@ -154,8 +155,11 @@ def _trained(shape: _Shape, spec: SweepSpec) -> float:
     d_model, layers = shape.d_model, shape.layers + shape.decoder_layers
     kinds = {
         "lora": _largest(spec, "adapter.r") * sum(sum(size) for size in _targets(shape, adapter).values()),
-        "bottleneck": layers * 2 * d_model * math.ceil(d_model / adapter.reduction_factor),
-        "prefix": _largest(spec, "adapter.virtual_tokens") * layers * 2 * d_model,
+        "bottleneck": layers * ((2 * d_model + 1) * math.ceil(d_model / adapter.reduction_factor) + d_model),
+        "prefix": _largest(spec, "adapter.virtual_tokens")
+        * (shape.decoder_layers | 1 if shape.decoder_layers else layers)
+        * 2
+        * d_model,
         "prompt": _largest(spec, "adapter.virtual_tokens") * d_model,
     }
     domain = spec.space.get("adapter.kind")

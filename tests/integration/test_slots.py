@@ -84,6 +84,27 @@ def test_trials_at_once_leave_the_records_of_trials_one_by_one(
     assert (at_once(undisturbed), at_once(found)) == (1, 3)
 
 
+def test_a_host_finds_out_how_many_trials_it_takes(
+    spec: Path, undisturbed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The plan's expectation, what was measured, and what it saved stand in the report; the records are the same."""
+    done = sweep(spec, tmp_path / "run", "--set", "resources.slots_per_host=auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 trials at once (expected; each host finds out)" in done.stdout
+    found = by_trial(tmp_path / "run")
+    check_records(found, undisturbed)
+    assert 2 <= at_once(found) <= 8
+    assert at_once(undisturbed) == 1
+    assert found["t0002"]["packing"]["passes"] == 60
+    assert max(record["packing"]["slots"] for record in found.values()) >= 2
+    memory = found["t0002"]["host_memory_gib"]
+    assert 0.3 < memory["base"] < 3
+    assert 0 < memory["slot"] < 1
+    report = (tmp_path / "run" / "report.md").read_text()
+    for line in ("- Packing: up to ", "- Memory of a host: ", "- Planned: 8 trials at once on 1 hosts; about "):
+        assert line in report
+
+
 def test_a_host_that_is_killed_with_several_trials_aboard_costs_none(
     spec: Path, undisturbed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -210,3 +210,37 @@ def test_whatever_dies_every_trial_ends_exactly_once(seed: int) -> None:
         rows = board.rows(name, 0)
         assert [row["kind"] for row in rows] == ["end"]
         assert rows[0]["status"] == "failed" or rows[0]["attempt"] == board.entries[name].attempt
+
+
+def test_of_hosts_that_ask_the_one_with_fewest_trials_is_served() -> None:
+    board = Board()
+    for name in "abcd":
+        board.submit(name, name)
+    for host in ("h0", "h1"):
+        board.asks(host, 0, still=True)
+    assert claimed(board, "h0") == ("a", 1)
+    assert board.claim("h0", 0) is None, "h1 asks too, and has none"
+    assert claimed(board, "h1") == ("b", 1)
+    assert claimed(board, "h0") == ("c", 1), "both have one"
+    board.asks("h1", 0, still=False)
+    assert claimed(board, "h0") == ("d", 1), "h1 has no room"
+
+
+def test_a_question_of_workers_that_are_gone_holds_nobody_up() -> None:
+    board = Board()
+    for name in "ab":
+        board.submit(name, name)
+    board.asks("h1", 0, still=True)
+    assert board.release("h1", "killed", 0.0) == 1
+    assert claimed(board, "h0") == ("a", 1)
+    assert claimed(board, "h0") == ("b", 1)
+
+
+def test_ended_trials_do_not_count_as_a_hosts() -> None:
+    board = Board()
+    for name in "ab":
+        board.submit(name, name)
+    assert claimed(board, "h0") == ("a", 1)
+    board.asks("h1", 0, still=True)
+    assert board.add_row("a", 1, END, 0.0)
+    assert claimed(board, "h0") == ("b", 1)

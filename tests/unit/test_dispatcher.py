@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from deft_ray.sweep.dispatcher import Dispatcher
 
@@ -18,3 +19,33 @@ def test_a_host_s_cause_outlives_its_orderly_end() -> None:
         return await dispatcher.hosts_ended()
 
     assert asyncio.run(end()) == {"host-0": "model.name: x cannot be loaded", "host-1": None}
+
+
+def test_what_hosts_take_at_once_is_the_last_that_they_said() -> None:
+    async def tell() -> dict[str, int]:
+        dispatcher = Dispatcher()
+        assert await dispatcher.slots() == {}
+        for host, slots in (("host-0", 2), ("host-1", 4), ("host-0", 7)):
+            await dispatcher.has_slots(host, slots)
+        return await dispatcher.slots()
+
+    assert asyncio.run(tell()) == {"host-0": 7, "host-1": 4}
+
+
+def test_a_host_with_a_trial_leaves_the_next_to_one_without() -> None:
+    """Both wait; whoever has fewer is served, and the other once there is one more."""
+
+    async def ask() -> list[Any]:
+        dispatcher = Dispatcher()
+        await dispatcher.submit("a", "a")
+        assert await dispatcher.claim("host-0", 0) == ("a", 1, False)
+        busy = asyncio.create_task(dispatcher.claim("host-0", 0))
+        free = asyncio.create_task(dispatcher.claim("host-1", 0))
+        await asyncio.sleep(0.01)
+        await dispatcher.submit("b", "b")
+        await asyncio.sleep(0.01)
+        first = [task.done() for task in (busy, free)]
+        await dispatcher.submit("c", "c")
+        return [first, await free, await busy]
+
+    assert asyncio.run(ask()) == [[False, True], ("b", 1, False), ("c", 1, False)]

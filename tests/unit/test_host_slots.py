@@ -21,6 +21,7 @@ from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.cost import PassCost, Size
 from deft_ray.train.host import Host, Taken
+from deft_ray.train.memory import FirstStep, Holds
 from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
@@ -81,7 +82,7 @@ Serve = Callable[..., Inbox]
 def serve(base: Base, ranks: Ranks, tmp_path: Path) -> Serve:
     """Serve trials on a host of so many slots; checkpoints of calls with the same ``where`` lie in one folder."""
 
-    def run(inbox: Inbox, slots: int = 1, where: str = "checkpoints") -> Inbox:
+    def run(inbox: Inbox, slots: int | None = 1, where: str = "checkpoints") -> Inbox:
         Host(base, ranks, inbox, str(tmp_path / where), "h0", slots).serve()
         return inbox
 
@@ -303,6 +304,87 @@ def test_a_trial_that_raises_ends_alone(
     assert ("index out of range" if where == "pass" else "device-side assert") in ended["cause"]
     for trial in others:
         check_equal(beside, without, trial)
+
+
+@pytest.fixture
+def holds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the first steps of trials that have the base to themselves say this of memory, the last one again."""
+
+    def make(*found: Holds) -> None:
+        measured = iter(found)
+        monkeypatch.setattr(FirstStep, "holds", lambda _first, _longest: next(measured, found[-1]))
+        monkeypatch.setattr(PassCost, "slots_worth", lambda _cost, most: most)
+
+    return make
+
+
+@pytest.mark.parametrize("most", [1, 3, 6])
+def test_a_host_takes_as_many_as_its_first_step_says(
+    mixed: list[TrialSpec], serve: Serve, passes: list[int], holds: Callable[..., None], most: int
+) -> None:
+    alone = serve(Inbox(*mixed), where="alone")
+    passes.clear()
+    holds(Holds(base=100, slot=10, free=12 * most))
+    packed = serve(Inbox(*mixed), None, "packed")
+
+    for trial in mixed:
+        check_equal(packed, alone, trial)
+    assert passes[0] == 1, "the first step is measured by itself"
+    assert passes[1] == most
+    assert max(passes) == most
+    assert packed.slots == ([] if most == 1 else [most]), "and the sweep is told"
+    last = end_of(packed, mixed[2])
+    assert last["packing"]["slots"] == most
+    assert last["packing"]["passes"] == 9
+    assert last["host_memory_gib"] == {"base": 100 / 2**30, "slot": 10 / 2**30, "free": most * 12 / 2**30}
+
+
+def test_a_larger_trial_leaves_room_for_fewer(mixed: list[TrialSpec], serve: Serve, holds: Callable[..., None]) -> None:
+    """Measured again whenever a trial has the base to itself; the largest slot counts from then on."""
+    holds(Holds(100, 10, 36), Holds(100, 5, 72), Holds(100, 18, 40))
+    inbox = Inbox(mixed[0], *["wait"] * 20, mixed[1], *["wait"] * 20, mixed[2])
+    serve(inbox, None)
+    assert inbox.followed == [trial.trial for trial in mixed[:3]]
+    assert inbox.slots == [3, 2]
+
+
+def test_memory_is_measured_with_the_trial_s_longest_pass(
+    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def holds(_first: FirstStep, longest: float) -> Holds:
+        seen.append(longest)
+        return Holds(100, 10, 1000)
+
+    monkeypatch.setattr(FirstStep, "holds", holds)
+    monkeypatch.setattr(PassCost, "slots_worth", lambda _cost, _most: 1)
+    padded = mixed[1].model_copy(
+        update={"data": mixed[1].data.model_copy(update={"padding": "max_length"}), "trial": "padded"}
+    )
+    serve(Inbox(mixed[0]), None, "shorter")
+    serve(Inbox(padded), None, "padded")
+    assert 1.0 < seen[0] < 3.0, "batches hold examples of unlike lengths"
+    assert seen[1:] == [1.0], "all are of one length"
+
+
+def test_what_of_its_passes_a_trial_shared_is_in_its_record(
+    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pass of two that takes three seconds, where either alone would take two: one and a half each."""
+    times = iter(range(0, 10**6, 3))
+    monkeypatch.setattr("deft_ray.train.pack._clock", lambda: float(next(times)))
+    monkeypatch.setattr(PassCost, "alone_s", lambda _cost, _size: 2.0)
+    plain = [
+        mixed[place].model_copy(
+            update={"trial": f"p{place}", "train": mixed[place].train.model_copy(update={"evaluations": 1})}
+        )
+        for place in (0, 2)
+    ]
+    inbox = serve(Inbox(*plain), 2)
+    short, long = (end_of(inbox, trial)["packing"] for trial in plain)
+    assert short == {"slots": 2, "passes": 6, "shared": 6, "part_s": 9.0, "alone_s": 12.0}
+    assert long == {"slots": 2, "passes": 9, "shared": 6, "part_s": 9.0, "alone_s": 12.0}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["gpu", "cpu"])

@@ -147,8 +147,11 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
         ("adapter:\n  target_modules:\n  - q\n  - 5", "9: adapter.target_modules.1: must be a text (got 5)"),
         ("resources:\n  hosts: many", "7: resources.hosts: must be a whole number or 'auto' (got \"many\")"),
         ("resources:\n  hosts: 0", "7: resources.hosts: must be above 0 or 'auto' (got 0)"),
-        ("resources:\n  slots_per_host: true", "7: resources.slots_per_host: must be a whole number (got true)"),
-        ("resources:\n  slots_per_host: 0", "7: resources.slots_per_host: must be above 0 (got 0)"),
+        (
+            "resources:\n  slots_per_host: true",
+            "7: resources.slots_per_host: must be a whole number or 'auto' (got true)",
+        ),
+        ("resources:\n  slots_per_host: 0", "7: resources.slots_per_host: must be above 0 or 'auto' (got 0)"),
         ("search:\n  try_first: [5]", "7: search.try_first.0: must be a mapping (got 5)"),
         ("search:\n  try_first: {a: 5}", '7: search.try_first: must be a list (got {"a": 5})'),
         ("search:\n  seeds: []", "7: search.seeds: must not be empty (got [])"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from deft_ray.train.cost import TRIED, PassCost, Size, tokens_of
+from deft_ray.train.cost import PROBED, TRIED, WORTH, PassCost, Size, tokens_of
 
 
 def splits(places: Sequence[int]) -> Iterator[list[list[int]]]:
@@ -38,6 +38,7 @@ def taught(fixed: float, each: float, dice: random.Random, noise: float = 0.0) -
         for group in groups:
             mine = [sizes[place] for place in group]
             cost.add(mine, seconds_of([range(len(mine))], mine, fixed, each) * (1 + noise * dice.random()))
+    cost.groups(sizes)
     return cost
 
 
@@ -76,3 +77,65 @@ def test_one_slot_is_one_pass_and_none_is_none() -> None:
 def test_where_no_pass_has_gone_through_nothing_is_known() -> None:
     cost, sizes = PassCost(), [Size(8, 10, 2), Size(8, 60, 2)]
     assert [cost.groups(sizes) for _ in range(4 * TRIED)][2 * TRIED :] == [[[0, 1]]] * 2 * TRIED
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+@pytest.mark.parametrize(("fixed", "each"), [(1.0, 0.0), (0.0, 1e-3), (0.02, 1e-3), (0.3, 1e-3), (2.0, 1e-3)])
+def test_slots_are_as_few_as_cost_hardly_more_than_the_most(fixed: float, each: float, most: int) -> None:
+    cost, size = taught(fixed, each, random.Random(1)), Size(8, 30, 3)
+    mine = {count: fixed / count + each * 8 * 33 for count in range(1, most + 1)}
+    found = cost.slots_worth(most)
+    # batches of other lengths taught it, so its idea of a slot's tokens is another: a slot more or less
+    worth = [count for count in mine if mine[count] <= (1 + WORTH) * mine[most]]
+    assert abs(found - worth[0]) <= 1
+    assert 1 <= found <= most
+    assert cost.alone_s(size) == pytest.approx(fixed + each * 8 * 33, rel=1e-6)
+
+
+def test_two_slots_are_had_before_anything_is_known() -> None:
+    cost = PassCost()
+    assert [cost.slots_worth(most) for most in (1, 2, 8)] == [1, 2, 2]
+    assert cost.alone_s(Size(8, 30, 3)) is None
+
+
+def test_where_sharing_saves_nothing_one_slot_is_enough_and_where_it_saves_most_all_are() -> None:
+    assert taught(0.0, 1e-3, random.Random(0), noise=0.02).slots_worth(8) == 1
+    assert taught(1.0, 0.0, random.Random(0), noise=0.02).slots_worth(8) == 8
+
+
+def turn(cost: PassCost, sizes: Sequence[Size], fixed: float, each: float) -> list[list[int]]:
+    groups = cost.groups(sizes)
+    for group in groups:
+        mine = [sizes[place] for place in group]
+        cost.add(mine, fixed + each * tokens_of(mine))
+    return groups
+
+
+def test_now_and_then_each_slot_passes_alone() -> None:
+    cost, sizes = PassCost(), [Size(8, 30, 2), Size(8, 20, 2), Size(8, 25, 2)]
+    split = [turn(cost, sizes, 1.0, 1e-4) for _ in range(3 * PROBED + 2 * TRIED)]
+    probed = [number for number, groups in enumerate(split, start=1) if len(groups) > 1 and number > 2 * TRIED]
+    assert probed == [PROBED, 2 * PROBED, 3 * PROBED]
+    assert [split[number - 1] for number in probed] == [[[1], [0, 2]], [[2], [0, 1]], [[0], [1, 2]]]
+
+
+def test_what_passes_cost_now_counts_not_what_they_cost_once() -> None:
+    """The machine has something else to do: at first every pass has a second more."""
+    cost, sizes = PassCost(), [Size(8, 30, 2), Size(8, 20, 2)]
+    for _ in range(PROBED):
+        turn(cost, sizes, 1.0, 1e-3)
+    for _ in range(8 * PROBED):
+        turn(cost, sizes, 0.01, 1e-3)
+    assert cost.alone_s(Size(8, 30, 2)) == pytest.approx(0.01 + 8 * 32e-3, rel=0.05)
+
+
+def test_first_passes_of_a_host_do_not_count() -> None:
+    """As everything is slow that is done for the first time: passes of its first trial, before there was a second."""
+    cost, size = PassCost(), Size(8, 30, 2)
+    for _ in range(5):
+        cost.groups([size])
+        cost.add([size], 10.0)
+    assert cost.tokens_alone == tokens_of([size])
+    for _ in range(2 * TRIED + 1):
+        turn(cost, [size, Size(8, 20, 2)], 0.01, 1e-3)
+    assert cost.alone_s(size) == pytest.approx(0.01 + 8 * 32e-3, rel=1e-6)

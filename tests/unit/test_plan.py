@@ -9,7 +9,15 @@ import pytest
 
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.machine import Machine
-from deft_ray.spec.plan import Plan, build_plan, count_hosts, format_plan, gpus_per_worker
+from deft_ray.spec.plan import (
+    Footprint,
+    Plan,
+    build_plan,
+    count_hosts,
+    format_plan,
+    gpus_per_worker,
+    planned_packing,
+)
 from deft_ray.spec.schema import SweepSpec
 
 LAPTOP = Machine(cpus=8, gpus=0)
@@ -104,6 +112,49 @@ def test_slots_of_a_host_and_what_cannot_share_it(sections: dict[str, Any], slot
     assert (plan.slots, plan.packing) == (slots, why)
     assert f"; {slots} trials at once" + (f" ({why})" if why else "") + "\n" in format_plan(plan)
     assert plan_of(resources={"hosts": 2}, **sections).packing is None, "nobody asked"
+
+
+GIB = Footprint(base_gib=2.0, slot_gib=1.0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "footprint", "slots", "memory"),
+    [
+        (
+            Machine(8, 0, 24.0),
+            GIB,
+            2 * 8,
+            "about 2 GiB for the base and 1 GiB for each trial at once, on each worker",
+        ),
+        (Machine(8, 0, 12.0), GIB, 2 * 3, "; 6 GiB free"),
+        (Machine(8, 0, 3.0), GIB, 2 * 1, "; 1.5 GiB free"),
+        (Machine(8, 2, 3.0, 7.0), GIB, 2 * 4, "; 7 GiB free"),
+        (Machine(8, 0), GIB, 2 * 1, "on each worker\n"),
+        (Machine(8, 0, 24.0), None, 2 * 1, "not told"),
+    ],
+)
+def test_slots_are_expected_by_what_is_free(
+    machine: Machine, footprint: Footprint | None, slots: int, memory: str
+) -> None:
+    """Two hosts share a machine's memory; each has a GPU to itself. A tenth is left free."""
+    spec = spec_of(resources={"hosts": 2, "slots_per_host": "auto"})
+    plan = build_plan(spec, "runs/try", machine, footprint)
+    assert (plan.slots, plan.packing) == (slots, "expected; each host finds out")
+    text = format_plan(plan)
+    assert f"; {slots} trials at once (expected; each host finds out)\n" in text
+    assert memory in text
+    assert planned_packing(plan).startswith(f"{slots} trials at once on 2 hosts; ")
+
+
+def test_what_cannot_share_a_base_has_nothing_to_find_out() -> None:
+    resources = {"hosts": 2, "slots_per_host": "auto"}
+    plan = plan_of(resources=resources, adapter={"kind": "prompt"})
+    assert (plan.slots, plan.packing) == (
+        2,
+        "one at a time on each base: prompt tuning changes what all rows attend to",
+    )
+    heads = plan_of(resources=resources, data={"tasks": ["sst2", "mnli"]}, model={"name": "b", "family": "bert"})
+    assert heads.packing == "expected; each host finds out; trials of tasks with unlike heads take turns"
 
 
 @pytest.mark.parametrize(

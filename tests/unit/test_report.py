@@ -88,6 +88,35 @@ def test_the_fullest_workers_memory_is_told(tmp_path: Path) -> None:
     assert "Peak memory" not in report(tmp_path, peaks[1:2])
 
 
+def test_what_packing_saved_is_told(tmp_path: Path) -> None:
+    def packed(trial: str, **packing: float) -> Record:
+        return make_record(trial, 0.8, 0.2, packing=packing)
+
+    alone = [packed("t0", slots=1, passes=10, shared=0, part_s=0.0, alone_s=0.0)]
+    shared = [
+        packed("t1", slots=2, passes=20, shared=10, part_s=3.0, alone_s=5.0),
+        packed("t2", slots=4, passes=70, shared=70, part_s=20.0, alone_s=41.0),
+    ]
+    told = "- Packing: up to 4 trials at once on a host; 80% of 100 passes were shared, in 23 s where 46 s are expected"
+    assert f"{told} one by one (23 s saved)" in report(tmp_path, [*alone, *shared])
+    assert "Packing" not in report(tmp_path, alone)
+    worse = [packed("t3", slots=2, passes=20, shared=20, part_s=7.0, alone_s=5.0)]
+    assert "in 7 s where 5 s are expected one by one (2 s lost)" in report(tmp_path, worse)
+    unknown = [packed("t4", slots=2, passes=20, shared=2, part_s=0.0, alone_s=0.0)]
+    assert "10% of 20 passes were shared\n" in report(tmp_path, unknown)
+
+
+def test_of_what_hosts_measured_the_tightest_is_told(tmp_path: Path) -> None:
+    found = [
+        make_record("t0", 0.8, 0.2, host_memory_gib={"base": 1.5, "slot": 0.25, "free": 12.0}),
+        make_record("t1", 0.8, 0.2, host_memory_gib={"base": 1.25, "slot": 0.5, "free": 20.0}),
+        make_record("t2", 0.8, 0.2),
+    ]
+    told = "- Memory of a host: 1.5 GiB before a trial, 0.5 GiB for a trial at its longest; 12 GiB free beside the base"
+    assert told in report(tmp_path, found)
+    assert "Memory of a host" not in report(tmp_path, found[2:])
+
+
 def test_a_path_is_told(tmp_path: Path) -> None:
     path = [
         make_record("t1", 0.8, 0.2, started_from="t0", steps=10),
