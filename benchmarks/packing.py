@@ -5,7 +5,8 @@
 A T5 with random weights, batches without padding, LoRA on every linear layer and the density loss, AdamW under
 DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that runs one trial at a time, and all
 slots step in one pass. For ``routing``, four slots with a quarter of a batch each step in one pass, and one slot with
-the whole batch. Ratios are taken within a round. On a GPU, peak memory of a step is stored too.
+the whole batch. Ratios are taken within a round. Peak memory of the last step is stored: on a GPU of the allocator, on a
+CPU of the process.
 
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
 """
@@ -31,6 +32,7 @@ from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.spec.catalog import find_task
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
+from deft_ray.train.memory import DeviceMemory
 from deft_ray.train.pack import Pack
 from deft_ray.train.ranks import start_single
 from deft_ray.train.slot import Slot, step_together
@@ -56,7 +58,8 @@ class Bench:
         self.base = Base(model, None, family, sites, asked.dtype, type(sites[0].module).__name__)
 
     def measure(self, slots: int, rows: int, ways: dict[str, Callable[[list[Slot]], None]]) -> dict[str, Any]:
-        """Time ways to step so many slots, in turn; with the peak memory of each on a GPU."""
+        """Time ways to step so many slots, in turn, with the peak memory of each."""
+        memory = DeviceMemory(self.ranks.device)
         pack = Pack(self.base)
         opened = [
             Slot(self.trial(number, rows), self.base, self.data(number, rows), self.ranks, pack=pack)
@@ -65,13 +68,11 @@ class Bench:
         seconds, peaks = {way: list[float]() for way in ways}, dict[str, float]()
         for number in range(self.asked.rounds + 1):
             for way, step in ways.items():
-                if torch.cuda.is_available():
-                    torch.cuda.reset_peak_memory_stats()
+                memory.begin_peak()
                 took = timed(lambda step=step: step(opened), self.ranks.device)
                 if number:
                     seconds[way].append(took)
-                if torch.cuda.is_available():
-                    peaks[way] = torch.cuda.max_memory_allocated() / 2**30
+                peaks[way] = memory.peak / 2**30
         for slot in opened:
             slot.close()
         return {"s": {way: summary(times) for way, times in seconds.items()}, "peak_gib": peaks, "raw": seconds}

@@ -60,7 +60,8 @@ class Plan:
         space: Searched leaves and their domains.
         hosts: Worker groups.
         workers: Workers of a host.
-        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit.
+        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit, hosts may find
+            fewer to be enough.
         packing: Why fewer share a base than were asked for, when they take turns, or that hosts find out how many; None
             where there is nothing to say.
         footprint: What a worker's memory is expected to be asked for; None where the model's files are not here.
@@ -176,7 +177,7 @@ def packing_of(spec: SweepSpec) -> tuple[int | None, str | None]:
     asked = None if spec.resources.slots_per_host == "auto" else spec.resources.slots_per_host
     if asked == 1:
         return 1, None
-    found = "expected; each host finds out" if asked is None else None
+    found = "at most, by memory; each host finds out" if asked is None else None
     # a leaf that is searched is found out trial by trial
     kind = None if "adapter.kind" in spec.space else spec.adapter.kind
     stage = None if "train.zero_stage" in spec.space else spec.train.zero_stage
@@ -201,7 +202,11 @@ def _slots(spec: SweepSpec, hosts: int, footprint: Footprint | None, free: float
 
 def planned_packing(plan: Plan) -> str:
     """What a report sets what was measured beside."""
-    return f"{plan.slots} trials at once on {plan.hosts} hosts; {_memory(plan)}"
+    return f"{plan.slots} trials at once{_why(plan)} on {plan.hosts} hosts; {_memory(plan)}"
+
+
+def _why(plan: Plan) -> str:
+    return "" if plan.packing is None else f" ({plan.packing})"
 
 
 def _memory(plan: Plan) -> str:
@@ -224,14 +229,16 @@ def format_plan(plan: Plan) -> str:
     kind = "sampled"
     if plan.path_share is not None:
         kind, length = "on paths of rising α", f"{length}, on a path {plan.path_share:g} of that"
-    why = "" if plan.packing is None else f" ({plan.packing})"
     rows = [
         ("sweep", plan.name),
         ("model", plan.model),
         ("tasks", ", ".join(f"{name} ({metric})" for name, metric in zip(plan.tasks, plan.metrics, strict=True))),
         ("trials", f"{plan.trials} = {plan.baselines} baselines + {plan.sampled} {kind}, {length}"),
         ("seeds", ", ".join(map(str, plan.seeds)) + _further(plan.front_seeds)),
-        ("hosts", f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once{why}"),
+        (
+            "hosts",
+            f"{plan.hosts} x {plan.workers} workers of {plan.resources}; {plan.slots} trials at once{_why(plan)}",
+        ),
         ("memory", _memory(plan)),
         ("run directory", plan.output),
         ("checkpoints", plan.storage),

@@ -90,7 +90,7 @@ def test_a_host_finds_out_how_many_trials_it_takes(
     """The plan's expectation, what was measured, and what it saved stand in the report; the records are the same."""
     done = sweep(spec, tmp_path / "run", "--set", "resources.slots_per_host=auto")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 trials at once (expected; each host finds out)" in done.stdout
+    assert "8 trials at once (at most, by memory; each host finds out)" in done.stdout
     found = by_trial(tmp_path / "run")
     check_records(found, undisturbed)
     assert 2 <= at_once(found) <= 8
@@ -101,7 +101,11 @@ def test_a_host_finds_out_how_many_trials_it_takes(
     assert 0.3 < memory["base"] < 3
     assert 0 < memory["slot"] < 1
     report = (tmp_path / "run" / "report.md").read_text()
-    for line in ("- Packing: up to ", "- Memory of a host: ", "- Planned: 8 trials at once on 1 hosts; about "):
+    for line in (
+        "- Packing: up to ",
+        "- Memory of a host: ",
+        "- Planned: 8 trials at once (at most, by memory; each host finds out) on 1 hosts; about ",
+    ):
         assert line in report
 
 

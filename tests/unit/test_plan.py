@@ -139,11 +139,11 @@ def test_slots_are_expected_by_what_is_free(
     """Two hosts share a machine's memory; each has a GPU to itself. A tenth is left free."""
     spec = spec_of(resources={"hosts": 2, "slots_per_host": "auto"})
     plan = build_plan(spec, "runs/try", machine, footprint)
-    assert (plan.slots, plan.packing) == (slots, "expected; each host finds out")
+    assert (plan.slots, plan.packing) == (slots, "at most, by memory; each host finds out")
     text = format_plan(plan)
-    assert f"; {slots} trials at once (expected; each host finds out)\n" in text
+    assert f"; {slots} trials at once (at most, by memory; each host finds out)\n" in text
     assert memory in text
-    assert planned_packing(plan).startswith(f"{slots} trials at once on 2 hosts; ")
+    assert planned_packing(plan).startswith(f"{slots} trials at once (at most, by memory; each host finds out) on 2")
 
 
 def test_what_cannot_share_a_base_has_nothing_to_find_out() -> None:
@@ -154,7 +154,7 @@ def test_what_cannot_share_a_base_has_nothing_to_find_out() -> None:
         "one at a time on each base: prompt tuning changes what all rows attend to",
     )
     heads = plan_of(resources=resources, data={"tasks": ["sst2", "mnli"]}, model={"name": "b", "family": "bert"})
-    assert heads.packing == "expected; each host finds out; trials of tasks with unlike heads take turns"
+    assert heads.packing == "at most, by memory; each host finds out; trials of tasks with unlike heads take turns"
 
 
 @pytest.mark.parametrize(
