@@ -5,8 +5,8 @@
 A T5 with random weights, batches without padding, LoRA on every linear layer and the density loss, AdamW under
 DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that runs one trial at a time, and all
 slots step in one pass. For ``routing``, four slots with a quarter of a batch each step in one pass, and one slot with
-the whole batch. Ratios are taken within a round. Peak memory of the last step is stored: on a GPU of the allocator, on a
-CPU of the process.
+the whole batch. Ratios are taken within a round. Peak memory of the last step is stored: on a GPU of torch's allocator,
+on a CPU of the process.
 
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
 """
@@ -134,10 +134,11 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=4, help="tokens of an answer")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="how many, by commas")
     asked = parser.parse_args()
     began, bench = time.perf_counter(), Bench(asked)
     per_slots = []
-    for slots in SLOTS:
+    for slots in map(int, asked.slots.split(",")):
         found = bench.measure(slots, asked.rows, {"one_by_one": one_by_one, "together": together})
         raw = found.pop("raw")
         tokens = slots * asked.rows * (asked.source + asked.target)
@@ -155,9 +156,18 @@ def main() -> None:
     # slots of the two cannot be on the base at once, so these medians are of two turns, one behind the other
     routing = {"slots": 4, "s": {"four_quarters": parts["s"]["together"], "one_whole": whole["s"]["one_by_one"]}}
     routing["ratio_of_medians"] = parts["s"]["together"]["median"] / whole["s"]["one_by_one"]["median"]
+    kind = f"{asked.shape}_{asked.quantization}_{asked.dtype}" + ("_checkpointed" if asked.checkpointing else "")
+    each = [per_slots[place]["peak_gib"]["together"] / per_slots[place]["slots"] for place in (0, -1)]
+    memory = {"gib_per_trial_fewest_slots": each[0], "gib_per_trial_most_slots": each[1], "ratio": each[1] / each[0]}
     store(
-        f"packing_{asked.shape}_{asked.quantization}_{asked.dtype}_{'gpu' if torch.cuda.is_available() else 'cpu'}",
-        {"settings": vars(asked), "wall_s": time.perf_counter() - began, "steps": per_slots, "routing": routing},
+        f"packing_{kind}_{'gpu' if torch.cuda.is_available() else 'cpu'}",
+        {
+            "settings": vars(asked),
+            "wall_s": time.perf_counter() - began,
+            "steps": per_slots,
+            "routing": routing,
+            "memory": memory,
+        },
     )
 
 
