@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,10 @@ class HostThread(threading.Thread):
         if ray.is_initialized():
             self._dispatcher.host_ended.remote(self.host, cause)
 
+    def drop_tokens(self) -> None:
+        """Delete what hosts that were killed have left of their tokenised tasks on this node."""
+        shutil.rmtree(tokens_folder(self._settings.run), ignore_errors=True)
+
 
 def serve(config: dict[str, Any]) -> None:
     """Run on every worker of a host: load the base, then serve trials."""
@@ -158,7 +164,16 @@ def serve(config: dict[str, Any]) -> None:
         return
     ranks = Ranks(rank, context.get_world_size(), base.model.device)
     inbox = DispatcherInbox(dispatcher, host, life)
-    Host(base, ranks, inbox, settings.checkpoints, host, settings.slots, settings.memory_share).serve()
+    tokens = tokens_folder(settings.run)
+    try:
+        Host(base, ranks, inbox, settings.checkpoints, host, settings.slots, settings.memory_share, tokens).serve()
+    finally:
+        shutil.rmtree(tokens, ignore_errors=True)  # who has mapped a file keeps it; who comes later writes it again
+
+
+def tokens_folder(run: str) -> Path:
+    """Where the hosts of a launch keep their tokenised tasks, on each node."""
+    return Path(tempfile.gettempdir()) / f"deft_ray-{run}"
 
 
 class DispatcherInbox:

@@ -265,6 +265,8 @@ class _Sweep:
         deadline = time.monotonic() + _END_S
         for host in hosts:
             host.join(timeout=max(0.0, deadline - time.monotonic()))
+        if hosts:
+            hosts[0].drop_tokens()
 
     def _drop_checkpoints(self, root: str) -> None:
         """Delete the checkpoints of trials whose record is final and which left no adapter; the hosts have ended."""

@@ -64,12 +64,12 @@ class EncodedTask:
     """
 
     task: Task
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     candidates: list[list[int]]
     values: list[float]
-    beside: dict[str, list[Example]] = field(default_factory=dict)
-    calibration: list[Example] = field(default_factory=list)
+    beside: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    calibration: Sequence[Example] = ()
 
     @property
     def outputs(self) -> int:

@@ -30,6 +30,7 @@ from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
 from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
 from deft_ray.tasks.encoding import EncodedTask, Example
+from deft_ray.tasks.kept import labels_of, source_lengths
 from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
 from deft_ray.train.batches import IGNORED, pad, source_mask, source_tensors
 from deft_ray.train.ranks import Ranks
@@ -149,7 +150,7 @@ class Evaluator:
             scores |= {f"{metric}_{suffix}": score for metric, score in beside.scores.items()}
         dial, said = dict[str, dict[str, float]](), {tau_key(0.0): found.each} if last else {}
         if last and self.data.task.kind != "question":
-            said["label"] = [example.label for example in self.data.validation]
+            said["label"] = labels_of(self.data.validation)
         for tau in (0.0, *taus) if taus else ():
             dialled = found if tau == 0.0 else (yield from self._evaluate(self.data.validation, tau, last))
             calibrated = (yield from self._evaluate(self.data.calibration, tau)) if last else None
@@ -160,7 +161,7 @@ class Evaluator:
                 said[tau_key(tau)] = dialled.each
         return Evaluation(scores, found.counts, found.generated, found.each, dial, said)
 
-    def _evaluate(self, examples: list[Example], tau: float, each: bool = False) -> Pieces:
+    def _evaluate(self, examples: Sequence[Example], tau: float, each: bool = False) -> Pieces:
         device = self.ranks.device
         counts = DensityCounts.empty(self.probe.names, device, feature_map=each and tau == 0.0)
         generated = torch.zeros(2, dtype=torch.int64, device=device)
@@ -173,7 +174,7 @@ class Evaluator:
         return Evaluation(scores, counts, self.ranks.total(generated), said)
 
     def _predictions(
-        self, examples: list[Example], tau: float, counts: DensityCounts, generated: Tensor
+        self, examples: Sequence[Example], tau: float, counts: DensityCounts, generated: Tensor
     ) -> Generator[None, None, list[Prediction]]:
         """Predict a split, every rank its batches; every rank gets all predictions, in order."""
         mine: dict[int, Prediction] = {}
@@ -197,13 +198,14 @@ class Evaluator:
         finally:
             self.model.train()
 
-    def _batches(self, examples: list[Example]) -> list[list[int]]:
+    def _batches(self, examples: Sequence[Example]) -> list[list[int]]:
         """Batches of like length, longest first, of all ranks; batch i belongs to rank i modulo world."""
-        order = sorted(range(len(examples)), key=lambda index: (-examples[index].source_tokens, index))
+        lengths = source_lengths(examples)
+        order = sorted(range(len(examples)), key=lambda index: (-lengths[index], index))
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def _score(
-        self, examples: list[Example], predictions: list[Prediction], each: bool
+        self, examples: Sequence[Example], predictions: list[Prediction], each: bool
     ) -> tuple[dict[str, float], list[float]]:
         """Scores by metric, and where they are asked for what was said of each example; see :class:`Evaluation`."""
         metrics = (self.data.task.metric, *self.data.task.extra_metrics)
@@ -215,7 +217,7 @@ class Evaluator:
             one_by_one = [score_answers([text], [gold[row]])["f1"] for row, text in found.items()] if each else []
             return {metric: scores[metric] for metric in metrics}, one_by_one
         values = [value for value in predictions if isinstance(value, float)]
-        return score_labels(metrics, values, [example.label for example in examples]), values if each else []
+        return score_labels(metrics, values, labels_of(examples)), values if each else []
 
     def _predict(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
         side = self.base.family.side

@@ -28,6 +28,7 @@ from deft_ray.spec.plan import MOST_SLOTS
 from deft_ray.spec.schema import DataSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
 from deft_ray.tasks.images import class_names
+from deft_ray.tasks.kept import KeptTasks
 from deft_ray.tasks.rows import hold_out, load_beside, load_rows
 from deft_ray.train.cost import tokens_of
 from deft_ray.train.course import Run, Stepped, end_row
@@ -90,6 +91,7 @@ class Host:
         name: Name of the host in records.
         slots: Trials that train at once; None for as many as memory is found to hold, and as make a difference.
         memory_share: Which part of the machine's free memory each worker may take.
+        tokens: Folder of tokenised tasks that all workers of this node share; None to tokenise them here.
 
     Attributes:
         slots: Trials that it takes at once; where it finds that out, one until a trial's first step has been measured.
@@ -105,6 +107,7 @@ class Host:
         name: str,
         slots: int | None = 1,
         memory_share: float = 1.0,
+        tokens: Path | None = None,
     ) -> None:
         self.base, self.ranks, self.inbox, self.checkpoints, self.name = base, ranks, inbox, checkpoints, name
         self._asked, self.slots = slots, slots or 1
@@ -117,6 +120,7 @@ class Host:
         """Waits until the base is free, as it cannot share it; no other is taken before it."""
         self._closed = self._littered = False
         self._tasks: dict[str, EncodedTask] = {}
+        self._kept = KeptTasks(tokens)
 
     @property
     def limit(self) -> int | None:
@@ -300,7 +304,10 @@ class Host:
         calibration = trial.dial.calibration_examples if trial.dial.taus else 0
         key = f"{trial.task} {calibration} {trial.data.model_dump_json()}"
         if key not in self._tasks:
-            self._tasks[key] = load_task(trial.task, trial.data, self.base, calibration)
+            task = find_task(trial.task, trial.data)
+            self._tasks[key] = self._kept.get(
+                key, task, lambda: load_task(trial.task, trial.data, self.base, calibration)
+            )
         return self._tasks[key]
 
 

@@ -39,6 +39,7 @@ from deft_ray.models.families import activation_is_nonnegative
 from deft_ray.models.routing import CannotShareError
 from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
+from deft_ray.tasks.kept import source_lengths, target_lengths
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
 from deft_ray.train.cost import Size
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
@@ -200,10 +201,10 @@ class Slot:
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
         self.warning = warning_of(trial.deft, self.kind, base)
-        lengths = (
-            [(e.source_tokens, len(e.target_ids)) for e in data.train] if trial.data.grouping == "length" else None
+        lengths = list(zip(source_lengths(data.train), target_lengths(data.train), strict=True))
+        self._order = BatchOrder(
+            len(data.train), trial.train.batch_size, trial.seed, lengths if trial.data.grouping == "length" else None
         )
-        self._order = BatchOrder(len(data.train), trial.train.batch_size, trial.seed, lengths)
         before = _random_state() if self.pack.seats else None
         try:
             seed_everything(trial.seed)
@@ -295,7 +296,7 @@ class Slot:
     def longest(self) -> Size:
         """The largest micro-batch that the slot can have: its longest source and its longest answer in one."""
         train, data = self.data.train, self.trial.data
-        source, target = max(e.source_tokens for e in train), max(len(e.target_ids) for e in train)
+        source, target = max(source_lengths(train)), max(target_lengths(train))
         if data.padding == "max_length":
             source, target = max(source, data.max_source_tokens), max(target, data.max_target_tokens)
         return Size(self.micro, source, target)
@@ -422,7 +423,7 @@ class Slot:
         if data.padding == "max_length":
             return data.max_source_tokens
         splits = (self.data.train, self.data.calibration, self.data.validation, *self.data.beside.values())
-        return max(example.source_tokens for split in splits for example in split)
+        return max(length for split in splits for length in source_lengths(split))
 
     def _parts(self, examples: list[Example], rank: int) -> list[list[Example]]:
         """Cut a rank's part of a step into its micro-batches."""
