@@ -49,12 +49,12 @@ class DeviceMemory:
     """
 
     def __init__(self, device: torch.device, share: float = 1.0) -> None:
-        self.on_gpu, self.share = device.type == "cuda", share
+        self.device, self.on_gpu, self.share = device, device.type == "cuda", share
 
     def begin_peak(self) -> None:
         """Count the peak from now on."""
         if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
             return
         try:
             (_PROCESS / "clear_refs").write_text("5")
@@ -64,19 +64,19 @@ class DeviceMemory:
     @property
     def used(self) -> int:
         """What this worker takes now."""
-        return torch.cuda.memory_allocated() if self.on_gpu else read_kib(_PROCESS / "status", "VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else read_kib(_PROCESS / "status", "VmRSS")
 
     @property
     def peak(self) -> int:
         """The most that it has taken since :meth:`begin_peak`."""
-        return torch.cuda.max_memory_allocated() if self.on_gpu else read_kib(_PROCESS / "status", "VmHWM")
+        return torch.cuda.max_memory_allocated(self.device) if self.on_gpu else read_kib(_PROCESS / "status", "VmHWM")
 
     @property
     def free(self) -> int:
         """What it could take beside."""
         if self.on_gpu:
-            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            return torch.cuda.mem_get_info()[0] + unused
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + unused
         return int(self.share * free_memory())
 
 

@@ -39,13 +39,13 @@ def test_a_worker_takes_its_part_of_what_is_free() -> None:
 def test_on_a_gpu_torchs_allocator_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"memory_allocated": 30, "max_memory_allocated": 70, "memory_reserved": 45}
     for name, value in told.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 200))
-    reset: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
-    memory = DeviceMemory(torch.device("cuda", 0), share=0.5)
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value if device.index == 1 else 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (100, 200))
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    memory = DeviceMemory(torch.device("cuda", 1), share=0.5)
     memory.begin_peak()
-    assert (memory.used, memory.peak, reset) == (30, 70, [True])
+    assert (memory.used, memory.peak, reset) == (30, 70, [torch.device("cuda", 1)])
     assert memory.free == 100 + 15, "what the allocator holds unused is free; a GPU is not shared"
 
 
