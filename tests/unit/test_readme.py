@@ -119,6 +119,17 @@ def test_slots_in_one_pass_are_as_fast_as_measured() -> None:
     assert figures("four slots in one pass")[4:] == [round(figure, 2) for figure in wanted]
 
 
+def test_memory_of_slots_is_what_was_measured() -> None:
+    found = result("packing_xl_nf4_float32_checkpointed_cpu")
+    one, eight = found["steps"]
+    each = {row["slots"]: row["peak_gib"]["together"] / row["slots"] for row in (one, eight)}
+    assert each[8] / each[1] <= 1 / 3
+    wanted = [round(each[8] / each[1], 2), round(each[8], 1), round(each[1], 1)]
+    wanted.append(round(eight["one_by_one_over_together"]["median"], 2))
+    # "Flan-T5", "NF4" and "4 x 64" have figures of their own
+    assert figures("peak memory per trial, eight slots")[4:] == wanted
+
+
 def test_a_sweeps_makespan_is_what_was_measured() -> None:
     found = result("makespan")
     seconds = [round(each["makespan_s"]) for each in found["sweeps"]]
