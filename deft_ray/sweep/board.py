@@ -73,13 +73,23 @@ class Board:
         return entry.trial, entry.attempt, apart
 
     def asks(self, host: str, life: int, *, still: bool) -> None:
-        """Note that a host waits for a trial, or no longer: of those that do, who has fewest trials is served."""
+        """Note that a host waits for a trial, or no longer: no other one with more trials is served before it."""
         (self._asking.add if still else self._asking.discard)((host, life))
 
     def _is_another_freer(self, host: str) -> bool:
         asking = {other for other, life in self._asking if life == self._lives.get(other, 0)}
         held = Counter(entry.host for entry in self.entries.values() if entry.state == "running")
         return any(held[other] < held[host] for other in asking)
+
+    def give_back(self, trial: str, attempt: int) -> None:
+        """A host has no room for a trial that it has claimed: it waits again, at the front, as if it had not."""
+        entry = self.entries.get(trial)
+        if entry is None or entry.state != "running" or entry.attempt != attempt:
+            return
+        entry.host, entry.attempt = None, attempt - 1
+        entry.state = "ended" if entry.cancelled else "waiting"
+        if not entry.cancelled:
+            self._waiting.appendleft(trial)
 
     def add_row(self, trial: str, attempt: int, row: Row, now: float) -> bool:
         """Take a row; False if it comes from a lost attempt, or after the end.

@@ -28,17 +28,23 @@ class Dispatcher:
         """Queue a trial."""
         await self._change(lambda: self._board.submit(trial, spec))
 
-    async def claim(self, host: str, life: int) -> tuple[str, int, bool] | str:
-        """Wait for a trial for a host: as of :meth:`Board.claim`, or ``wait``, or ``closed``."""
+    async def claim(self, host: str, life: int, wait: bool) -> tuple[str, int, bool] | str:
+        """Find a trial for a host, or wait for one: as of :meth:`Board.claim`, or ``wait``, or ``closed``."""
 
         def find() -> Any:
             return "closed" if self._board.closed else self._board.claim(host, life)
 
+        if not wait:
+            return find() or "wait"
         self._board.asks(host, life, still=True)
         try:
             return await self._wait_for(find) or "wait"
         finally:
             self._board.asks(host, life, still=False)
+
+    async def give_back(self, trial: str, attempt: int) -> None:
+        """Take a trial back that a host has claimed and not begun."""
+        await self._change(lambda: self._board.give_back(trial, attempt))
 
     async def add_row(self, trial: str, attempt: int, row: Row) -> bool:
         """Take a host's row; False tells the host that nobody wants it any more."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 #: How often a host's worker group may be started anew over a sweep; preempted nodes do not count.
 MAX_RESTARTS = 50
+
+#: How long a host that trains does not ask for a further trial again when there was none.
+_ASK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -190,24 +194,33 @@ class DispatcherInbox:
         self._attempts: dict[str, int] = {}
         self._stops: dict[str, Any] = {}
         self._claim: Any = None
+        self._ask_at = 0.0
 
     def next_trial(self, wait: bool) -> Taken | str:
         """Take a trial; ``wait`` if there is none yet, ``closed`` if there will be none.
 
-        One question is under way whenever the host has room; without ``wait`` it is only looked whether it is answered.
+        Without ``wait`` the question is answered at a later call, and is not asked again for a while if there was none.
         """
-        if self._claim is None:
-            self._claim = self._dispatcher.claim.remote(self._host, self._life)
-        ready, _ = ray.wait([self._claim], timeout=None if wait else 0)
-        if not ready:
+        if self._claim is None and (wait or time.monotonic() >= self._ask_at):
+            self._claim = self._dispatcher.claim.remote(self._host, self._life, wait)
+        if self._claim is None or not ray.wait([self._claim], timeout=None if wait else 0)[0]:
             return "wait"
         claimed, self._claim = ray.get(self._claim), None
         if isinstance(claimed, str):
+            self._ask_at = time.monotonic() + _ASK_AGAIN_S
             return claimed
         from deft_ray.train.host import Taken  # who asks has loaded torch; the driver, which imports this, has not
 
         trial, attempt, apart = claimed
         return Taken(TrialSpec.model_validate_json(trial), attempt, apart)
+
+    def no_room(self) -> None:
+        """Give back what was claimed before the host had no room any more."""
+        if self._claim is not None and ray.wait([self._claim], timeout=0)[0]:
+            claimed, self._claim = ray.get(self._claim), None
+            if not isinstance(claimed, str):
+                trial = TrialSpec.model_validate_json(claimed[0]).trial
+                self._dispatcher.give_back.remote(trial, claimed[1])
 
     def follow(self, taken: Taken) -> None:
         """Send a trial's rows under this attempt from now on."""

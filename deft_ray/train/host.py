@@ -67,6 +67,9 @@ class Inbox(Protocol):
             ``wait`` if there is none yet, ``closed`` if there will be none.
         """
 
+    def no_room(self) -> None:
+        """Take note, on rank 0, that no trial can be taken in this turn."""
+
     def follow(self, taken: Taken) -> None:
         """Note that a trial runs; told to every rank."""
 
@@ -154,6 +157,8 @@ class Host:
         if self._held is not None and not self._runs:
             held, self._held = self._held, None
             self._start(held)
+        if not self._has_room() and self.ranks.leads:
+            self.inbox.no_room()
         while self._has_room():
             taken = self.inbox.next_trial(wait=not self._runs) if self.ranks.leads else ""
             taken = self.ranks.share(taken)

@@ -244,3 +244,19 @@ def test_ended_trials_do_not_count_as_a_hosts() -> None:
     board.asks("h1", 0, still=True)
     assert board.add_row("a", 1, END, 0.0)
     assert claimed(board, "h0") == ("b", 1)
+
+
+def test_what_a_host_has_no_room_for_is_the_next_again() -> None:
+    board = Board()
+    for name in "ab":
+        board.submit(name, name)
+    assert claimed(board, "h0") == ("a", 1)
+    board.give_back("a", 2)
+    assert claimed(board, "h1") == ("b", 1), "another attempt's word does not count"
+    board.give_back("a", 1)
+    assert claimed(board, "h1") == ("a", 1), "it was not begun, so it has lost no host"
+    board.cancel("a")
+    board.give_back("a", 1)
+    assert board.claim("h0", 0) is None
+    assert board.is_cancelled("a", 1)
+    assert not board.add_row("a", 1, END, 0.0)

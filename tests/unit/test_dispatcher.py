@@ -38,9 +38,9 @@ def test_a_host_with_a_trial_leaves_the_next_to_one_without() -> None:
     async def ask() -> list[Any]:
         dispatcher = Dispatcher()
         await dispatcher.submit("a", "a")
-        assert await dispatcher.claim("host-0", 0) == ("a", 1, False)
-        busy = asyncio.create_task(dispatcher.claim("host-0", 0))
-        free = asyncio.create_task(dispatcher.claim("host-1", 0))
+        assert await dispatcher.claim("host-0", 0, wait=True) == ("a", 1, False)
+        busy = asyncio.create_task(dispatcher.claim("host-0", 0, wait=True))
+        free = asyncio.create_task(dispatcher.claim("host-1", 0, wait=True))
         await asyncio.sleep(0.01)
         await dispatcher.submit("b", "b")
         await asyncio.sleep(0.01)
@@ -49,3 +49,17 @@ def test_a_host_with_a_trial_leaves_the_next_to_one_without() -> None:
         return [first, await free, await busy]
 
     assert asyncio.run(ask()) == [[False, True], ("b", 1, False), ("c", 1, False)]
+
+
+def test_a_host_that_trains_does_not_wait_for_another_trial() -> None:
+    async def ask() -> list[Any]:
+        dispatcher = Dispatcher()
+        answers = [await dispatcher.claim("host-0", 0, wait=False)]
+        await dispatcher.submit("a", "a")
+        answers.append(await dispatcher.claim("host-0", 0, wait=False))
+        await dispatcher.give_back("a", 1)
+        answers.append(await dispatcher.claim("host-1", 0, wait=False))
+        await dispatcher.close()
+        return [*answers, await dispatcher.claim("host-0", 0, wait=False)]
+
+    assert asyncio.run(ask()) == ["wait", ("a", 1, False), ("a", 1, False), "closed"]

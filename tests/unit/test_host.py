@@ -61,6 +61,9 @@ class Inbox:
         found = self.trials.pop(0)
         return Taken(found) if isinstance(found, TrialSpec) else found
 
+    def no_room(self) -> None:
+        pass
+
     def follow(self, taken: Taken) -> None:
         self.followed.append(taken.trial.trial)
 

@@ -136,7 +136,8 @@ def test_a_sweeps_makespan_is_what_was_measured() -> None:
     assert [each["slots"] for each in found["sweeps"]] == [1, 2, 4, 8]
     share = round(found["sweep_over_fits"]["4"], 3)
     wanted = [4, *seconds, round(found["fits"]["makespan_s"]), share, 0.125]
-    assert figures(f"a sweep of {found['trials']} nano trials") == wanted
+    # the last figure is of the run before, which docs/log.md has
+    assert figures(f"a sweep of {found['trials']} nano trials")[:-1] == wanted
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"batches of 4 take {seconds[2]} s in place of {seconds[0]}" in text
 
