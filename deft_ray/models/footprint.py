@@ -155,7 +155,8 @@ def _trained(shape: _Shape, spec: SweepSpec) -> float:
     d_model, layers = shape.d_model, shape.layers + shape.decoder_layers
     kinds = {
         "lora": _largest(spec, "adapter.r") * sum(sum(size) for size in _targets(shape, adapter).values()),
-        "bottleneck": layers * ((2 * d_model + 1) * math.ceil(d_model / adapter.reduction_factor) + d_model),
+        "bottleneck": layers
+        * ((2 * d_model + 1) * math.ceil(d_model / min(_bounds(spec, "adapter.reduction_factor"))) + d_model),
         "prefix": _largest(spec, "adapter.virtual_tokens")
         * (shape.decoder_layers | 1 if shape.decoder_layers else layers)
         * 2
@@ -167,9 +168,14 @@ def _trained(shape: _Shape, spec: SweepSpec) -> float:
 
 
 def _largest(spec: SweepSpec, dotted: str) -> float:
+    return max(_bounds(spec, dotted))
+
+
+def _bounds(spec: SweepSpec, dotted: str) -> list[float]:
+    """Values that a number can take, or the ends of its range."""
     domain = spec.space.get(dotted)
     section, leaf = dotted.split(".")
-    return max(map(float, domain.args)) if domain else float(getattr(getattr(spec, section), leaf))
+    return [float(value) for value in (domain.args if domain else (getattr(getattr(spec, section), leaf),))]
 
 
 def _rows(spec: SweepSpec) -> int:
@@ -225,7 +231,7 @@ def _read(folder: Path, family: str) -> _Shape | None:
         for file in _weight_files(folder):
             tensors |= _header(file)
         return _shape(config, family, tensors) if tensors else None
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error):
         return None  # what is wrong with it, the checks before a sweep say
 
 

@@ -166,6 +166,18 @@ def test_of_what_is_searched_the_largest_counts(tiny_models: dict[str, Path]) ->
         baseline={"adapter.r": 4, "train.batch_size": 6},
     )
     assert footprint_of(searched).slot_gib == pytest.approx(fixed)
+    small, either = (
+        footprint_of(
+            spec_of(
+                tiny_models["t5"],
+                "t5",
+                adapter={"kind": "bottleneck", "reduction_factor": factor},
+                baseline={} if isinstance(factor, int) else {"adapter.reduction_factor": 16},
+            )
+        ).slot_gib
+        for factor in (4, {"choice": [16, 4]})
+    )
+    assert either == small
     halves = spec_of(tiny_models["t5"], "t5", adapter={"r": 32}, train={"batch_size": 12, "micro_batch_size": 3})
     assert footprint_of(halves).slot_gib < fixed / 2
 
@@ -188,7 +200,7 @@ def test_a_model_of_the_hub_is_known_once_it_is_here(
     assert predict_footprint(spec_of("some/t5-model", "t5", model={"revision": "v2"}), SERVER) is None
 
 
-@pytest.mark.parametrize("fault", ["weights", "config", "torn", "no numbers", "index"])
+@pytest.mark.parametrize("fault", ["weights", "config", "torn", "no numbers", "no mapping", "index"])
 def test_what_cannot_be_told_is_not_told(tmp_path: Path, fault: str) -> None:
     model = write_tiny_t5(tmp_path)
     if fault == "weights":
@@ -197,6 +209,8 @@ def test_what_cannot_be_told_is_not_told(tmp_path: Path, fault: str) -> None:
         (model / "config.json").write_text("[")
     elif fault == "torn":
         (model / "model.safetensors").write_bytes(b"\xff" * 12)
+    elif fault == "no mapping":
+        (model / "config.json").write_text("[]")
     elif fault == "no numbers":
         (model / "config.json").write_text(json.dumps({"model_type": "t5"}))
     else:
