@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -169,6 +170,7 @@ def serve(config: dict[str, Any]) -> None:
     ranks = Ranks(rank, context.get_world_size(), base.model.device)
     inbox = DispatcherInbox(dispatcher, host, life)
     tokens = tokens_folder(settings.run)
+    drop_older_tokens(tokens)
     try:
         Host(base, ranks, inbox, settings.checkpoints, host, settings.slots, settings.memory_share, tokens).serve()
     finally:
@@ -178,6 +180,18 @@ def serve(config: dict[str, Any]) -> None:
 def tokens_folder(run: str) -> Path:
     """Where the hosts of a launch keep their tokenised tasks, on each node."""
     return Path(tempfile.gettempdir()) / f"deft_ray-{run}"
+
+
+def drop_older_tokens(tokens: Path) -> None:
+    """Delete what launches of the same sweep have left that were killed.
+
+    Args:
+        tokens: Of :func:`tokens_folder`, of this launch.
+    """
+    sweep = tokens.name.rsplit("-", 1)[0]
+    for folder in tokens.parent.glob(f"{glob.escape(sweep)}-*"):
+        if folder != tokens and folder.name.removeprefix(f"{sweep}-").isdigit():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class DispatcherInbox:

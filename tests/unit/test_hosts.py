@@ -107,3 +107,17 @@ def test_what_was_claimed_when_room_went_is_given_back(
     clock[0] += 1.0
     assert inbox.next_trial(wait=False) == "wait"
     assert fake.asked == [False, False]
+
+
+def test_a_launch_deletes_the_tokens_of_those_before_it_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hosts.tempfile, "gettempdir", lambda: str(tmp_path))
+    mine = hosts.tokens_folder("glue[1]-ab12-1700000300")
+    others = ["glue[1]-ab12-1700000100", "glue[1]-ab12-1700000200", "glue[1]-cd34-1700000100", "glue[1]-ab12-x-17"]
+    for run in others:
+        (hosts.tokens_folder(run) / "part").mkdir(parents=True)
+    mine.mkdir()
+    hosts.drop_older_tokens(mine)
+    left = {hosts.tokens_folder(run).name for run in others[2:]} | {mine.name}
+    assert {folder.name for folder in tmp_path.iterdir()} == left
