@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from deft_ray.models.families import FAMILIES
+from deft_ray.models.heads import renew_head
 from deft_ray.spec.schema import TrialSpec
 
 
@@ -30,6 +32,8 @@ def train_plain(
     spec: TrialSpec,
     adapter: PeftConfig | None = None,
     head: Mapping[str, Tensor] | None = None,
+    *,
+    flat: bool = False,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Fine-tune a T5, or a model with a head, with an adapter and a linear schedule without warm-up.
 
@@ -40,6 +44,8 @@ def train_plain(
         spec: Where the settings come from.
         adapter: PEFT's own description of the adapter; the LoRA of ``spec`` if None.
         head: What a model with a head starts from: its trained tensors, head and adapter, by name.
+        flat: Step on all trained tensors laid end to end, as ZeRO does: torch's fused AdamW rounds the last few entries
+            of a tensor otherwise than the others on some CPUs.
 
     Returns:
         The loss of every step, and every trained tensor by its name in the PEFT model.
@@ -66,6 +72,9 @@ def train_plain(
         if model.config.model_type in ("opt", "gpt2"):  # answers come from the last token; GPT-2 has no padding
             tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
+    passed_over = spec.adapter.head == "two-layer" and model.config.model_type == "bert"
+    if spec.adapter.head == "two-layer":
+        renew_head(model, FAMILIES[model.config.model_type], len(set(answers)), two_layers=True)
     torch.manual_seed(spec.seed)
     config = LoraConfig(
         r=spec.adapter.r,
@@ -75,6 +84,7 @@ def train_plain(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=TaskType.SEQ_2_SEQ_LM if head is None else TaskType.SEQ_CLS,
         modules_to_save=["classifier"] if model.config.model_type == "vit" else None,
+        exclude_modules=["pooler.dense"] if passed_over else None,
     )
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -84,7 +94,8 @@ def train_plain(
             p.data.copy_(head[name])
     peft.train()
     trained = [p for p in peft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=train.weight_decay, fused=True)
+    whole = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in trained]))
+    optimizer = torch.optim.AdamW([whole] if flat else trained, weight_decay=train.weight_decay, fused=True)
     order = [
         index
         for epoch in range(steps * train.batch_size // len(sources) + 1)
@@ -106,13 +117,16 @@ def train_plain(
             if model.config.model_type == "gpt2":  # counts positions of padding too unless it is told
                 batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         loss = peft(**batch, labels=labels).loss
-        optimizer.zero_grad()
+        peft.zero_grad()
         loss.backward()
         if train.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(peft.parameters(), train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate * (steps - step) / steps
+        whole.grad = torch.cat([p.grad.flatten() for p in trained if p.grad is not None]) if flat else None
         optimizer.step()
+        for p, part in zip(trained, whole.detach().split([p.numel() for p in trained]), strict=True) if flat else ():
+            p.data.copy_(part.view_as(p))
         losses.append(float(loss.detach()))
     return losses, {name: p.detach().clone() for name, p in peft.named_parameters() if p.requires_grad}
 

@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 from deft_ray.models.base import Base
 from deft_ray.models.bottleneck import BottleneckConfig, hidden_units, output_width
-from deft_ray.models.families import renew_head
+from deft_ray.models.families import residual_stream
+from deft_ray.models.heads import UNREAD, leaves_pooler_unread, remove_head, renew_head
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,15 @@ class Lora:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """A small MLP behind each MLP block, of d_model / ``reduction_factor`` hidden units."""
+    """A small MLP behind each MLP block.
+
+    Args:
+        reduction_factor: It has d_model / so many hidden units.
+        reads_sum: Whether it reads the block's output with the residual stream added, in place of the output alone.
+    """
 
     reduction_factor: int
+    reads_sum: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def attach_adapter(
     adapter: Adapter,
     *,
     outputs: int | None,
+    two_layer_head: bool = False,
     source_tokens: int = 0,
     gradient_checkpointing: bool = False,
     beside: PeftModel | None = None,
@@ -95,6 +103,7 @@ def attach_adapter(
         base: The shared base, without an adapter but those of ``beside``.
         adapter: Which, and how large.
         outputs: Classes of the head (1 for a regression); None for text-to-text models.
+        two_layer_head: See :func:`~deft_ray.models.heads.renew_head`; the same as of ``beside``.
         source_tokens: Longest source that the model will be given; 0 where it does not matter.
         gradient_checkpointing: Recompute blocks in the backward pass; not with a prefix, which a block computed again
             would take in twice.
@@ -110,9 +119,9 @@ def attach_adapter(
             virtual tokens or without.
     """
     _require_positions(base, adapter.virtual_tokens if isinstance(adapter, Prefix | Prompt) else 0, source_tokens)
-    config = _peft_config(base, adapter)
+    config = _peft_config(base, adapter, two_layer_head)
     if outputs is not None:
-        renew_head(base.model, base.family, outputs)
+        renew_head(base.model, base.family, outputs, two_layers=two_layer_head)
     if beside is None:
         model: PeftModel = get_peft_model(base.model, config, adapter_name=name)
     else:
@@ -126,7 +135,7 @@ def attach_adapter(
     return model
 
 
-def _peft_config(base: Base, adapter: Adapter) -> PeftConfig:
+def _peft_config(base: Base, adapter: Adapter, two_layer_head: bool) -> PeftConfig:
     task = TaskType.SEQ_2_SEQ_LM if base.family.text_to_text else TaskType.SEQ_CLS
     if isinstance(adapter, Lora):
         if isinstance(adapter.target_modules, list):
@@ -137,17 +146,11 @@ def _peft_config(base: Base, adapter: Adapter) -> PeftConfig:
             lora_dropout=adapter.lora_dropout,
             target_modules=adapter.target_modules,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
+            exclude_modules=UNREAD if leaves_pooler_unread(base.family, two_layers=two_layer_head) else None,
             task_type=task,
         )
     if isinstance(adapter, Bottleneck):
-        names = {module: name for name, module in base.model.named_modules()}
-        for site in base.sites:
-            hidden_units(output_width(site.block.get_submodule(site.output)), adapter.reduction_factor)
-        return BottleneckConfig(
-            reduction_factor=adapter.reduction_factor,
-            target_modules=[f"{names[site.block]}.{site.output}" for site in base.sites],
-            task_type=task,
-        )
+        return _bottleneck_config(base, adapter, task)
     if isinstance(adapter, Prefix):
         return _prefix_config(base, adapter.virtual_tokens, task)
     return PromptTuningConfig(
@@ -156,6 +159,27 @@ def _peft_config(base: Base, adapter: Adapter) -> PeftConfig:
         num_transformer_submodules=1,  # PEFT's 2 for an encoder-decoder adds rows that nothing ever reads
         task_type=task,
     )
+
+
+def _bottleneck_config(base: Base, adapter: Bottleneck, task: TaskType) -> BottleneckConfig:
+    names = {module: name for name, module in base.model.named_modules()}
+    targets = {site.name: f"{names[site.block]}.{site.output}" for site in base.sites}
+    for target in targets.values():
+        hidden_units(output_width(base.model.get_submodule(target)), adapter.reduction_factor)
+    config = BottleneckConfig(
+        reduction_factor=adapter.reduction_factor, target_modules=list(targets.values()), task_type=task
+    )
+    if adapter.reads_sum:
+        config.reads = "sum"
+        residual, norm = residual_stream(base.family, base.model.config)
+        for site in base.sites:
+            block, target = names[site.block], targets[site.name]
+            around = block.rpartition(".")[0]
+            inside = residual.removeprefix("..")
+            config.residuals[target] = f"{block if inside == residual else around}.{inside}"
+            if norm is not None:
+                config.norms[target] = f"{block}.{norm}"
+    return config
 
 
 def _prefix_config(base: Base, virtual_tokens: int, task: TaskType) -> PrefixTuningConfig:
@@ -266,9 +290,7 @@ def detach_adapter(model: PeftModel, name: str = FIRST) -> None:
                 parameter.requires_grad_(True)
         return
     base: Any = model.get_base_model()
-    for name, module in list(base.named_children()):
-        if isinstance(module, ModulesToSaveWrapper):  # unload() would leave the trained head, or know nothing of it
-            setattr(base, name, module.original_module)
+    remove_head(base)
     if not model.active_peft_config.is_prompt_learning:
         model.unload()
     vars(base).pop("prepare_inputs_for_generation", None)  # PEFT's generate() leaves it on the instance

@@ -1,4 +1,4 @@
-"""Model families: which class loads them, where their MLP activations are, what their task head is."""
+"""Model families: which class loads them, where their MLP activations are and the residual stream beside them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ReLUSquaredActivation
-from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from deft_ray.density.activation import MlpActivation
 from deft_ray.density.sites import Site
@@ -27,6 +25,9 @@ class Family:
         blocks: Pattern of the names of the modules that hold an MLP; groups ``side`` (optional) and ``index``.
         activation: Name of the activation module within such a block.
         output: Name of the MLP's last linear layer within such a block; GPT-2's is a ``Conv1D``.
+        residual: Name, from such a block, of the module that is given the residual stream which the block's output is
+            added to; a leading ``..`` is the module around the block.
+        norm: Name of the layer norm of that sum, where blocks normalise behind it.
         side: The stack that reads the input. A decoder reads its answer from the last token, so it is padded left.
         head: Name of the task head, where there is one.
         images: True for models that read images.
@@ -37,6 +38,8 @@ class Family:
     blocks: str
     activation: str
     output: str
+    residual: str
+    norm: str | None = None
     side: str = "encoder"
     head: str = "classifier"
     images: bool = False
@@ -46,10 +49,21 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(
-            "t5", True, r"(?P<side>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\.DenseReluDense", "act", "wo"
+            "t5",
+            True,
+            r"(?P<side>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\.DenseReluDense",
+            "act",
+            "wo",
+            "..layer_norm",
         ),
         Family(
-            "bert", False, r"bert\.encoder\.layer\.(?P<index>\d+)", "intermediate.intermediate_act_fn", "output.dense"
+            "bert",
+            False,
+            r"bert\.encoder\.layer\.(?P<index>\d+)",
+            "intermediate.intermediate_act_fn",
+            "output.dense",
+            "intermediate.dense",
+            norm="output.LayerNorm",
         ),
         Family(
             "roberta",
@@ -57,6 +71,8 @@ FAMILIES: dict[str, Family] = {
             r"roberta\.encoder\.layer\.(?P<index>\d+)",
             "intermediate.intermediate_act_fn",
             "output.dense",
+            "intermediate.dense",
+            norm="output.LayerNorm",
         ),
         Family(
             "opt",
@@ -64,11 +80,29 @@ FAMILIES: dict[str, Family] = {
             r"model\.decoder\.layers\.(?P<index>\d+)",
             "activation_fn",
             "fc2",
+            "final_layer_norm",
             side="decoder",
             head="score",
         ),
-        Family("gpt2", False, r"transformer\.h\.(?P<index>\d+)\.mlp", "act", "c_proj", side="decoder", head="score"),
-        Family("vit", False, r"vit\.layers\.(?P<index>\d+)\.mlp", "activation_fn", "fc2", images=True),
+        Family(
+            "gpt2",
+            False,
+            r"transformer\.h\.(?P<index>\d+)\.mlp",
+            "act",
+            "c_proj",
+            "..ln_2",
+            side="decoder",
+            head="score",
+        ),
+        Family(
+            "vit",
+            False,
+            r"vit\.layers\.(?P<index>\d+)\.mlp",
+            "activation_fn",
+            "fc2",
+            "..layernorm_after",
+            images=True,
+        ),
     )
 }
 
@@ -129,43 +163,11 @@ def _count_blocks(model: PreTrainedModel) -> int:
     return int(config.num_hidden_layers)
 
 
-def renew_head(model: Any, family: Family, outputs: int) -> None:
-    """Put a freshly initialised task head on a model with one stack; uses torch's global random state.
-
-    Args:
-        model: A sequence- or image-classification model.
-        family: Its family.
-        outputs: Number of classes, or 1 for a regression.
-    """
-    config = model.config
-    config.num_labels = outputs
-    config.problem_type = "regression" if outputs == 1 else "single_label_classification"
-    model.num_labels = outputs
-    old = next(getattr(model, family.head).parameters())
-    head = RobertaClassificationHead(config) if family.name == "roberta" else _linear_head(config, family, outputs)
-    std = config.init_std if family.name == "opt" else config.initializer_range
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    head.register_forward_pre_hook(_to_float32)
-    head.to(device=old.device, dtype=torch.float32)
-    if isinstance(there := getattr(model, family.head), ModulesToSaveWrapper):
-        there.original_module = head  # another adapter's head lies beside it
-    else:
-        setattr(model, family.head, head)
-
-
-def _linear_head(config: Any, family: Family, outputs: int) -> nn.Linear:
-    """As transformers has it: OPT-350m's last hidden state is narrower than its blocks; ``score`` has no bias."""
-    width = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    return nn.Linear(width, outputs, bias=family.head != "score")
-
-
-def _to_float32(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The head trains in float32 whatever the base computes in."""
-    return tuple(hidden.float() for hidden in inputs)
+def residual_stream(family: Family, config: Any) -> tuple[str, str | None]:
+    """Return ``residual`` and ``norm`` of a model; of the OPTs only the one of 350 M parameters has a norm behind."""
+    if family.name == "opt" and not config.do_layer_norm_before:
+        return "fc1", "final_layer_norm"
+    return family.residual, family.norm
 
 
 def activation_name(sites: list[Site]) -> str:

@@ -115,10 +115,14 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _bottleneck(layer: Any, routes: Routes, _input: Tensor, out_B: Tensor) -> Tensor:
     """What the tuner for bottlenecks does."""
-    names = [name for name, _ in routes]
-    return _each(
-        [partial(layer.added, name) if name in layer.bottleneck_down else _same for name in names], routes, out_B
-    )
+    rows = [mine for _, mine in routes]
+    residual_B = None if layer.stream is None else layer.stream.take()
+    residuals = [None] * len(rows) if residual_B is None else split_rows(residual_B, rows)
+    functions = [
+        partial(layer.added, name, residual=mine) if name in layer.bottleneck_down else _same
+        for (name, _), mine in zip(routes, residuals, strict=True)
+    ]
+    return _each(functions, routes, out_B)
 
 
 def _lora(layer: Any, routes: Routes, input_B: Tensor, out_B: Tensor) -> Tensor:

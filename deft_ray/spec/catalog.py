@@ -147,7 +147,7 @@ FAMILY_KINDS: dict[str, tuple[str, ...]] = {
 #: Leaves of ``adapter`` that each kind of adapter reads.
 ADAPTER_LEAVES: dict[str, tuple[str, ...]] = {
     "lora": ("r", "lora_alpha", "lora_dropout", "target_modules"),
-    "bottleneck": ("reduction_factor",),
+    "bottleneck": ("reduction_factor", "reads"),
     "prefix": ("virtual_tokens",),
     "prompt": ("virtual_tokens",),
 }
@@ -201,8 +201,8 @@ def _lora(r: int, target_modules: str | list[str]) -> dict[str, Any]:
     return {"kind": "lora", "r": r, "target_modules": target_modules}
 
 
-def _bottleneck(reduction_factor: int) -> dict[str, Any]:
-    return {"kind": "bottleneck", "reduction_factor": reduction_factor}
+def _bottleneck(reduction_factor: int, head: str = "own") -> dict[str, Any]:
+    return {"kind": "bottleneck", "reduction_factor": reduction_factor, "reads": "sum", "head": head}
 
 
 PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
@@ -212,7 +212,7 @@ PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
     ),
     PublishedAdapter("roberta-large", {"kind": "prefix", "virtual_tokens": 60}, "1.11", 1.11656, "truncated"),
     PublishedAdapter("roberta-large", {"kind": "prompt", "virtual_tokens": 60}, "0.31", 0.31317, "truncated"),
-    PublishedAdapter("bert-base-uncased", _bottleneck(16), "1.33", 0.81181, "the head has two layers"),
+    PublishedAdapter("bert-base-uncased", _bottleneck(16, "two-layer"), "1.33", 1.33971, "truncated"),
     PublishedAdapter("bert-base-uncased", _lora(8, ["query", "value"]), "0.27", 0.27004, "truncated"),
     PublishedAdapter("bert-base-uncased", {"kind": "prefix", "virtual_tokens": 50}, "0.83", 0.83613, "truncated"),
     PublishedAdapter("bert-base-uncased", {"kind": "prompt", "virtual_tokens": 50}, "0.03", 0.03647, "truncated"),
@@ -224,7 +224,7 @@ PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
     PublishedAdapter("flan-t5-xl", _bottleneck(16), "0.87", 0.87896, "truncated"),
     PublishedAdapter("flan-t5-xl", _lora(16, "all-linear"), "1.99", 1.22661, "two 4-bit weights are counted as one"),
     PublishedAdapter("flan-t5-xxl", _lora(16, "all-linear"), "1.04", 0.63161, "two 4-bit weights are counted as one"),
-    PublishedAdapter("gpt2", _bottleneck(8), "1.87", 1.41131, "the head has two layers"),
+    PublishedAdapter("gpt2", _bottleneck(8, "two-layer"), "1.87", 1.87047, "truncated"),
     PublishedAdapter("opt-125m", _lora(8, ["q_proj", "v_proj"]), "0.24", 0.23615, "rounded"),
     PublishedAdapter("opt-350m", _lora(8, ["q_proj", "v_proj"]), "0.24", 0.2372, "rounded"),
     PublishedAdapter("vit-base-patch16-224-in21k", _bottleneck(8), "2.04", 2.04088, "truncated"),

@@ -186,8 +186,9 @@ def packing_of(spec: SweepSpec) -> tuple[int | None, str | None]:
     if stage == 3:
         return 1, "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)"
     tasks = [find_task(name, spec.data) for name in spec.data.tasks]
-    if spec.model.family != "t5" and len({len(task.labels) for task in tasks}) > 1:
-        return asked, "; ".join(filter(None, (found, "trials of tasks with unlike heads take turns")))
+    unlike = len({len(task.labels) for task in tasks}) > 1 or "adapter.head" in spec.space
+    if spec.model.family != "t5" and unlike:
+        return asked, "; ".join(filter(None, (found, "trials with unlike heads take turns")))
     return asked, found
 
 

@@ -40,7 +40,7 @@ def check_rules(
     view = View(values, space, broken)
     model = (_family, _files, _wo, _stacks)
     data = (_tasks, _own, _windows, _images)
-    adapter = (_adapter_kind, _adapter_leaves, _checkpointing)
+    adapter = (_adapter_kind, _adapter_leaves, _head, _checkpointing)
     deft = (_approximation, _alpha_schedule, _deft_leaves)
     rules = (*data, *model, *adapter, *deft, _length, _batch, *SEARCH_RULES)
     faults = [fault for rule in rules for fault in rule(view)]
@@ -146,6 +146,15 @@ def _adapter_leaves(view: View) -> Iterator[Fault]:
     for leaf, got in _given_in_vain(view, AdapterSection, "adapter", every - set(read)):
         what = f"means nothing to the kind {' or '.join(kinds)} (got {got})"
         yield ("adapter", leaf), f"{what}, whose leaves are {', '.join(read)}"
+
+
+def _head(view: View) -> Iterator[Fault]:
+    family = view.get("model.family")
+    for path, head in all_values(view, "adapter.head", "own") if family in TEXT_TO_TEXT else ():
+        if head == "two-layer":
+            able = ", ".join(other for other in FAMILY_KINDS if other not in TEXT_TO_TEXT)
+            what = f"the model family '{family}' answers in words and has no head (got {show(head)})"
+            yield path, f"{what}; leave it out; families with one: {able}"
 
 
 def _given_in_vain(view: View, section: type[Section], name: str, unread: set[str]) -> Iterator[tuple[str, str]]:

@@ -100,7 +100,9 @@ class AdapterSection(Section):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     reduction_factor: Positive = 16
+    reads: Literal["mlp", "sum"] = "mlp"
     virtual_tokens: Positive = 60
+    head: Literal["own", "two-layer"] = "own"
 
 
 class DeftSection(Section):

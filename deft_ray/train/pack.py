@@ -86,6 +86,22 @@ class Found:
     alone_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Head:
+    """The shape of a task head.
+
+    Args:
+        outputs: Classes, or 1; None for text-to-text models.
+        two_layers: In place of the model's own.
+    """
+
+    outputs: int | None
+    two_layers: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.outputs} outputs{', two layers' if self.two_layers else ''}"
+
+
 class Pack:
     """The slots of one base.
 
@@ -118,6 +134,7 @@ class Pack:
         adapter: Adapter,
         *,
         outputs: int | None,
+        two_layer_head: bool,
         source_tokens: int,
         gradient_checkpointing: bool,
         sharded: bool = False,
@@ -127,6 +144,7 @@ class Pack:
         Args:
             adapter: Which, of the same kind as those that are there.
             outputs: Of the head; None for text-to-text models.
+            two_layer_head: Whether the head has two layers in place of the model's own.
             source_tokens: Longest source that it will be given.
             gradient_checkpointing: Whether passes compute blocks again; one slot's wish holds for all until the last
                 one has gone, and changes no number.
@@ -136,20 +154,22 @@ class Pack:
             CannotShareError: If the adapter cannot share the base with those that are there.
             ValueError: If it does not fit the base.
         """
-        self._require_fit(adapter, outputs, sharded)
+        head = Head(outputs, two_layer_head)
+        self._require_fit(adapter, head, sharded)
         taken = {seat.name for seat in self.seats}
         name = next(name for name in (FIRST, *(f"slot-{n}" for n in range(1, len(taken) + 1))) if name not in taken)
         self.model = attach_adapter(
             self.base,
             adapter,
             outputs=outputs,
+            two_layer_head=two_layer_head,
             source_tokens=source_tokens,
             gradient_checkpointing=gradient_checkpointing,
             beside=self.model,
             name=name,
         )
         seat = Seat(
-            self, name, adapter, outputs, [parameter for _, parameter in adapter_parameters(self.model, name)], sharded
+            self, name, adapter, head, [parameter for _, parameter in adapter_parameters(self.model, name)], sharded
         )
         self.seats.append(seat)
         try:
@@ -161,7 +181,7 @@ class Pack:
             raise
         return seat
 
-    def _require_fit(self, adapter: Adapter, outputs: int | None, sharded: bool) -> None:
+    def _require_fit(self, adapter: Adapter, head: Head, sharded: bool) -> None:
         """Refuse an adapter that cannot share the base with those that are there."""
         for seat in self.seats:
             if isinstance(adapter, Prefix | Prompt) or isinstance(seat.adapter, Prefix | Prompt):
@@ -174,9 +194,8 @@ class Pack:
             if type(adapter) is not type(seat.adapter):
                 kinds = " and ".join(type(each).__name__.lower() for each in (seat.adapter, adapter))
                 raise CannotShareError(f"adapters of two kinds cannot share a base: {kinds}")
-            if outputs != seat.outputs:
-                heads = f"{seat.outputs} and {outputs} outputs"
-                raise CannotShareError(f"heads of two shapes cannot share a base: {heads}")
+            if head != seat.head:
+                raise CannotShareError(f"heads of two shapes cannot share a base: {seat.head} and {head}")
 
     def leave(self, seat: Seat) -> None:
         """Take a slot's adapter off; with the last one the base is as it was."""
@@ -308,7 +327,7 @@ class Seat:
         pack: The pack.
         name: Of the slot's adapter.
         adapter: The adapter.
-        outputs: Of its head; None for text-to-text models.
+        head: Its head.
         trainable: What adapter and head train.
         sharded: Whether workers share them out.
     """
@@ -318,11 +337,11 @@ class Seat:
         pack: Pack,
         name: str,
         adapter: Adapter,
-        outputs: int | None,
+        head: Head,
         trainable: Sequence[nn.Parameter],
         sharded: bool,
     ) -> None:
-        self.pack, self.name, self.adapter, self.outputs, self.sharded = pack, name, adapter, outputs, sharded
+        self.pack, self.name, self.adapter, self.head, self.sharded = pack, name, adapter, head, sharded
         self.trainable = list(trainable)
         self.scales: LayerScales | None = None
 

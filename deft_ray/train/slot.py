@@ -224,6 +224,7 @@ class Slot:
         self.seat = self.pack.take_seat(
             adapter_of(self.trial.adapter),
             outputs=None if self.base.family.text_to_text else self.data.outputs,
+            two_layer_head=self.trial.adapter.head == "two-layer",
             source_tokens=self._source_tokens(),
             gradient_checkpointing=train.gradient_checkpointing,
             sharded=train.zero_stage == 3,
@@ -457,7 +458,7 @@ class Slot:
 def adapter_of(section: AdapterSection) -> Adapter:
     """Return the adapter that a trial asks for."""
     if section.kind == "bottleneck":
-        return Bottleneck(section.reduction_factor)
+        return Bottleneck(section.reduction_factor, section.reads == "sum")
     if section.kind == "prefix":
         return Prefix(section.virtual_tokens)
     if section.kind == "prompt":

@@ -27,9 +27,13 @@ def bases(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
     return {name: load_base(str(tiny_models[name]), name, quantization=request.param) for name, _ in FAMILIES}
 
 
-def attach(base: Base, outputs: int | None, factor: int = 16) -> PeftModel:
+#: Whether D reads the sum with the residual stream.
+SUM = pytest.mark.parametrize("reads_sum", [False, True], ids=["mlp", "sum"])
+
+
+def attach(base: Base, outputs: int | None, factor: int = 16, *, reads_sum: bool = False) -> PeftModel:
     torch.manual_seed(0)
-    return attach_adapter(base, Bottleneck(factor), outputs=outputs).eval()
+    return attach_adapter(base, Bottleneck(factor, reads_sum), outputs=outputs).eval()
 
 
 def shake(model: nn.Module, std: float = 0.5) -> None:
@@ -57,13 +61,16 @@ def activations(base: Base, model: Any) -> dict[str, Tensor]:
     return seen
 
 
+@SUM
 @pytest.mark.parametrize(("name", "outputs"), FAMILIES)
-def test_the_first_block_does_not_see_the_adapter(bases: dict[str, Base], name: str, outputs: int | None) -> None:
+def test_the_first_block_does_not_see_the_adapter(
+    bases: dict[str, Base], name: str, outputs: int | None, reads_sum: bool
+) -> None:
     """An adapter sits behind its MLP, so the first MLP's activations are the base's, bit for bit; all others move."""
     base = bases[name]
     base.model.eval()
     plain = activations(base, base.model)
-    model = attach(base, outputs)
+    model = attach(base, outputs, reads_sum=reads_sum)
     shake(model)
     adapted = activations(base, model)
     detach_adapter(model)
@@ -73,12 +80,15 @@ def test_the_first_block_does_not_see_the_adapter(bases: dict[str, Base], name: 
     assert activations(base, base.model).keys() == plain.keys()
 
 
+@SUM
 @pytest.mark.parametrize(("name", "outputs"), FAMILIES)
-def test_a_fresh_adapter_is_the_identity(bases: dict[str, Base], name: str, outputs: int | None) -> None:
+def test_a_fresh_adapter_is_the_identity(
+    bases: dict[str, Base], name: str, outputs: int | None, reads_sum: bool
+) -> None:
     base = bases[name]
     base.model.eval()
     plain = activations(base, base.model)
-    model = attach(base, outputs)
+    model = attach(base, outputs, reads_sum=reads_sum)
     fresh = activations(base, model)
     detach_adapter(model)
 
@@ -116,6 +126,79 @@ def test_it_stands_between_the_mlp_and_the_residual_addition(bases: dict[str, Ba
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+#: Model, outputs of its head, and the module that gives out what its first MLP block gives to the residual stream.
+BLOCKS = [
+    ("dry-t5", None, "encoder.block.0.layer.1"),
+    ("dry-bert", 2, "bert.encoder.layer.0.output"),
+    ("dry-roberta", 2, "roberta.encoder.layer.0.output"),
+    ("dry-opt", 2, "model.decoder.layers.0"),
+    ("dry-narrow-opt", 2, "model.decoder.layers.0"),
+    ("dry-gpt2", 2, "transformer.h.0"),
+    ("dry-vit", 2, "vit.layers.0"),
+]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("name", "outputs", "block"), BLOCKS)
+def test_the_sum_is_what_the_block_gives_out_without_it(
+    tiny_models: dict[str, Path], name: str, outputs: int | None, block: str, checkpointing: bool
+) -> None:
+    """h' = h + U f(D y), y = x + h or, where the block normalises behind, norm(x + h): the plain block's own output."""
+    base = load_base(str(tiny_models[name]), name.rsplit("-", 1)[-1])
+    base.model.eval()
+    wide = {"labels": torch.tensor([0, 1, 1])} if outputs else {}
+    inputs = {"pixel_values": torch.rand(3, 3, 32, 32)} if name == "dry-vit" else inputs_of(base)
+    layer, seen = base.sites[0].output, {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
+        for key, module in (("h", base.sites[0].block.get_submodule(layer)), ("y", base.model.get_submodule(block)))
+    ]
+    with torch.no_grad():
+        base.model(**inputs)
+    for hook in hooks:
+        hook.remove()
+
+    torch.manual_seed(0)
+    adapter = Bottleneck(16, reads_sum=True)
+    model = attach_adapter(base, adapter, outputs=outputs, gradient_checkpointing=checkpointing)
+    shake(model, 0.1)
+    model.eval()
+    there = base.sites[0].block.get_submodule(layer)
+    there.register_forward_hook(lambda _m, _i, out: seen.setdefault("got", out))
+    model.train(checkpointing)  # there is no dropout
+    model(**inputs, **wide).loss.backward()
+    down, up = there.bottleneck_down["default"], there.bottleneck_up["default"]
+    inside = (seen["y"].reshape(seen["h"].shape) @ down.weight.T + down.bias).clamp(min=0)
+    want = seen["h"] + inside @ up.weight.T + up.bias
+
+    torch.testing.assert_close(seen["got"], want, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    detach_adapter(model)
+
+
+def test_the_gradient_reaches_what_lies_before_through_the_sum(tiny_models: dict[str, Path]) -> None:
+    """By finite differences, in float64: D of the second block reads what the first one has given out."""
+    base = load_base(str(tiny_models["dry-t5"]), "t5")
+    base.model.double()
+    torch.manual_seed(0)
+    model = attach_adapter(base, Bottleneck(16, reads_sum=True), outputs=None)
+    model.double()
+    shake(model, 0.1)
+    first = base.sites[0].block.wo.bottleneck_up["default"].weight
+    loss = model(**inputs_of(base)).loss
+    (slope,) = torch.autograd.grad(loss, first)
+    moved = torch.randn_like(first)
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            first.add_(sign * 1e-4 * moved)
+            ends.append(float(model(**inputs_of(base)).loss))
+            first.sub_(sign * 1e-4 * moved)
+
+    assert float((slope * moved).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-3)
+    detach_adapter(model)
+
+
 @pytest.mark.parametrize(("name", "outputs"), FAMILIES)
 @torch.no_grad()
 def test_switched_off_it_is_the_base(bases: dict[str, Base], name: str, outputs: int | None) -> None:
@@ -134,13 +217,19 @@ def test_switched_off_it_is_the_base(bases: dict[str, Base], name: str, outputs:
 
 
 @pytest.mark.parametrize(("name", "outputs"), FAMILIES)
+@SUM
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
 @torch.no_grad()
 def test_it_is_saved_and_reopened_by_plain_peft(
-    tiny_models: dict[str, Path], tmp_path: Path, name: str, outputs: int | None, options: dict[str, bool]
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    outputs: int | None,
+    options: dict[str, bool],
+    reads_sum: bool,
 ) -> None:
     base = load_base(str(tiny_models[name]), name)
-    model = attach(base, outputs)
+    model = attach(base, outputs, reads_sum=reads_sum)
     shake(model)
     want = model(**{key: value for key, value in inputs_of(base).items()}).logits
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
@@ -160,6 +249,7 @@ def test_it_is_saved_and_reopened_by_plain_peft(
     assert not any(parameter.requires_grad for parameter in reopened.parameters())
     unloaded = reopened.unload()
     assert not any(isinstance(module, BottleneckLayer) for module in unloaded.modules())
+    assert not any(module._forward_pre_hooks for module in unloaded.base_model.modules())
 
 
 def test_opening_takes_no_more_than_an_import(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.activations import GELUActivation, NewGELUActivation
 
-from deft_ray.models.families import FAMILIES, activation_is_nonnegative, activation_name, find_sites, renew_head
+from deft_ray.models.families import FAMILIES, activation_is_nonnegative, activation_name, find_sites
 
 STACKS = {"t5": 2, "relu-t5": 2, "bert": 1, "roberta": 1, "opt": 1, "narrow-opt": 1, "gpt2": 1, "vit": 1}
 KNOWN = "families known: t5, bert, roberta, opt, gpt2, vit"
@@ -135,30 +135,3 @@ def test_a_block_that_is_built_otherwise_is_missed(tiny_models: dict[str, Path],
     delattr(holder, activation)
     with pytest.raises(ValueError, match=f"^found {len(sites) - 1} MLP activations but {len(sites)} MLP blocks in a "):
         find_sites(model, FAMILIES[family])
-
-
-@pytest.mark.parametrize("name", [name for name, stacks in STACKS.items() if stacks == 1])
-@pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_a_new_head_has_the_asked_size_and_comes_from_the_seed(
-    tiny_models: dict[str, Path], name: str, outputs: int
-) -> None:
-    model, family = load(tiny_models, name), FAMILIES[name.split("-")[-1]]
-    heads = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        renew_head(model, family, outputs)
-        heads.append({key: weight.clone() for key, weight in getattr(model, family.head).state_dict().items()})
-    model.eval()
-    labels = torch.tensor([0.5, 1.5]) if outputs == 1 else torch.tensor([0, outputs - 1])
-    result = model(**inputs_of(name, 2, 5), labels=labels)
-
-    assert result.logits.shape == (2, outputs)
-    want = (
-        nn.functional.mse_loss(result.logits.squeeze(-1), labels)
-        if outputs == 1
-        else nn.functional.cross_entropy(result.logits, labels)
-    )
-    torch.testing.assert_close(result.loss, want)
-    assert all(torch.equal(heads[0][key], heads[1][key]) for key in heads[0])
-    assert any(not torch.equal(heads[0][key], heads[2][key]) for key in heads[0])
-    assert all(not weight.any() for key, weight in heads[0].items() if key.endswith("bias"))

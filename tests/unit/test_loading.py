@@ -106,7 +106,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
         (
             "adapter:\n  lora_dropuot: 0.1",
             "7: adapter.lora_dropuot: unknown key; did you mean 'lora_dropout'? allowed: kind, r, "
-            "lora_alpha, lora_dropout, target_modules, reduction_factor, virtual_tokens",
+            "lora_alpha, lora_dropout, target_modules, reduction_factor, reads, virtual_tokens, head",
         ),
         (
             "adapter:\n  lora_dropuot: {uniform: [0, 1]}",

@@ -26,13 +26,17 @@ def defaults() -> SweepSpec:
 
 
 def test_the_defaults_are_those_of_the_schema() -> None:
-    deft, train, data = defaults().deft, defaults().train, defaults().data
+    deft, train, data, adapter = defaults().deft, defaults().train, defaults().data, defaults().adapter
     assert ROWS["ε of l0"].startswith("1e-7;")
     assert deft.epsilon == 1e-7
     assert ROWS["approximation"].startswith("as the paper (`auto`)")
     assert deft.approximation == "auto"
     assert ROWS["padding in loss and density"].startswith("not counted")
     assert not deft.count_padding
+    assert ROWS["RoBERTa's and BERT's head"].startswith("the model's own (`adapter.head: own`)")
+    assert adapter.head == "own"
+    assert ROWS["bottleneck: what enters it"].startswith("the MLP's own output (`adapter.reads: mlp`)")
+    assert adapter.reads == "mlp"
     assert ROWS["encoder and decoder"].startswith("`deft.alpha` for both")
     assert deft.alpha_decoder is None
     assert ROWS["warm-up, weight decay, clipping"].startswith("6 %, 0, at 1;")
@@ -50,5 +54,5 @@ def test_the_published_settings_have_what_the_page_says_of_them(file: Path) -> N
 
 def test_as_many_shares_are_met_as_the_page_says() -> None:
     met = [row for row in PUBLISHED_ADAPTERS if row.met in ("truncated", "rounded")]
-    assert (len(met), len(PUBLISHED_ADAPTERS)) == (15, 20)
-    assert "fifteen of twenty shares are met" in ROWS["ranks of LoRA"]
+    assert (len(met), len(PUBLISHED_ADAPTERS)) == (17, 20)
+    assert "seventeen of twenty shares are met" in ROWS["ranks of LoRA"]

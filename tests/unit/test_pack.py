@@ -130,15 +130,21 @@ STARTS = [0, 0, 2, 1, 3, 0, 1, 5]
 
 
 def check_pack(specs: list[TrialSpec], base: Base, ranks: Ranks, rel: float) -> None:
-    """Train these alone and together, and compare; the base is left as it was."""
-    names = [name for name, _ in base.model.named_modules()]
+    """Train these alone and together, and compare; the base is left as it was, but for the untrained head."""
+    names = body_of(base)
     want = [alone(spec, base, ranks) for spec in specs]
     got = together(specs, STARTS, base, ranks)
     for mine, other in zip(got, want, strict=True):
         check_equal(mine, other, rel)
-    assert [name for name, _ in base.model.named_modules()] == names
+    assert body_of(base) == names
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not any("forward" in vars(module) for module in base.model.modules())
+
+
+def body_of(base: Base) -> list[str]:
+    """Names of a base's modules, but those of a head."""
+    names = [name for name, _ in base.model.named_modules()]
+    return names if base.family.text_to_text else [name for name in names if name.split(".")[0] != base.family.head]
 
 
 @pytest.fixture
@@ -185,6 +191,17 @@ def test_slots_with_heads_of_one_shape_share_a_base(
     how = {"train__learning_rate": 1e-3, "deft__epsilon": 1e-2, "deft__approximation": "l0", "adapter__kind": kind}
     if kind == "bottleneck":
         how |= {"adapter__reduction_factor": 8}
+    reads = [{"adapter__reads": "sum"} if kind == "bottleneck" and place else {} for place in range(3)]
+    specs = [
+        trial(model, task, trial=f"t{place:04}", seed=place, deft__alpha=float(place), **how, **reads[place])
+        for place, task in enumerate(("sst2", "mrpc", "rte"))
+    ]
+    check_pack(specs, base_of(specs[0]), ranks, 1e-4)
+
+
+@pytest.mark.parametrize("model", ["dry-bert", "dry-gpt2"])
+def test_slots_with_heads_of_two_layers_share_a_base(trial: Trial, base_of: Any, ranks: Ranks, model: str) -> None:
+    how = {"train__learning_rate": 1e-3, "deft__epsilon": 1e-2, "adapter__head": "two-layer"}
     specs = [
         trial(model, task, trial=f"t{place:04}", seed=place, deft__alpha=float(place), **how)
         for place, task in enumerate(("sst2", "mrpc", "rte"))
@@ -295,7 +312,12 @@ def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: A
             "an adapter on a convolution cannot share a base",
         ),
         ("dry-t5", {"model__activation": "fused"}, "model.activation: 'fused' is not that of the slots beside it"),
-        ("dry-bert", {"task": "mnli"}, "heads of two shapes cannot share a base: 2 and 3 outputs"),
+        ("dry-bert", {"task": "mnli"}, "heads of two shapes cannot share a base: 2 outputs and 3 outputs"),
+        (
+            "dry-bert",
+            {"task": "mrpc", "adapter__head": "two-layer"},
+            "heads of two shapes cannot share a base: 2 outputs and 2 outputs, two layers",
+        ),
     ],
 )
 def test_what_cannot_share_a_base_is_refused_and_leaves_the_others_alone(

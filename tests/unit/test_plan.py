@@ -102,7 +102,7 @@ def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
         (
             {"data": {"tasks": ["sst2", "mnli"]}, "model": {"name": "b", "family": "bert"}},
             8,
-            "trials of tasks with unlike heads take turns",
+            "trials with unlike heads take turns",
         ),
         ({"data": {"tasks": ["sst2", "rte"]}, "model": {"name": "b", "family": "bert"}}, 8, None),
     ],
@@ -154,7 +154,7 @@ def test_what_cannot_share_a_base_has_nothing_to_find_out() -> None:
         "one at a time on each base: prompt tuning changes what all rows attend to",
     )
     heads = plan_of(resources=resources, data={"tasks": ["sst2", "mnli"]}, model={"name": "b", "family": "bert"})
-    assert heads.packing == "at most, by memory; each host finds out; trials of tasks with unlike heads take turns"
+    assert heads.packing == "at most, by memory; each host finds out; trials with unlike heads take turns"
 
 
 @pytest.mark.parametrize(

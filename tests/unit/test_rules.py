@@ -174,9 +174,21 @@ def test_every_family_takes_every_kind_of_adapter(family: str, kind: str) -> Non
 def test_the_tables_know_the_same_families_and_kinds() -> None:
     assert FAMILY_ADAPTERS.keys() == FAMILY_KINDS.keys()
     assert {kind for kinds in FAMILY_ADAPTERS.values() for kind in kinds} == ADAPTER_LEAVES.keys()
-    assert {"kind", *(leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves)} == set(
+    assert {"kind", "head", *(leaf for leaves in ADAPTER_LEAVES.values() for leaf in leaves)} == set(
         AdapterSection.model_fields
     )
+
+
+def test_what_answers_in_words_has_no_head() -> None:
+    what = "the model family 't5' answers in words and has no head"
+    fault = f'{what} (got "two-layer"); leave it out; families with one: bert, roberta, opt, gpt2, vit'
+    assert faults_of(adapter={"head": "two-layer"}) == [(("adapter", "head"), fault)]
+    assert faults_of(adapter={"head": "own"}) == []
+    searched = faults_of(adapter={"head": {"choice": ["own", "two-layer"]}}, baseline={"adapter.head": "own"})
+    assert searched == [(("adapter", "head"), fault)]
+    for family in ("bert", "roberta", "opt", "gpt2"):
+        model = {"name": "x", "family": family}
+        assert faults_of(model=model, data={"tasks": ["rte"]}, adapter={"head": "two-layer"}) == []
 
 
 def test_a_family_may_take_some_kinds_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +240,12 @@ LORA_LEAVES = "r, lora_alpha, lora_dropout, target_modules"
         (
             {"kind": "bottleneck", "target_modules": ["q"]},
             "target_modules",
-            'means nothing to the kind bottleneck (got ["q"]), whose leaves are reduction_factor',
+            'means nothing to the kind bottleneck (got ["q"]), whose leaves are reduction_factor, reads',
+        ),
+        (
+            {"reads": "sum"},
+            "reads",
+            f'means nothing to the kind lora (got "sum"), whose leaves are {LORA_LEAVES}',
         ),
         ({"kind": "prefix", "r": 4}, "r", "means nothing to the kind prefix (got 4), whose leaves are virtual_tokens"),
         (

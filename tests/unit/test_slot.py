@@ -108,7 +108,8 @@ def test_every_adapter_without_density_loss_is_plain_peft(
     losses = run(slot)
     rows = glue_rows("mrpc", "train", 30)
     sources, answers = [MRPC.format(**row) for row in rows], [MRPC_LABELS[row["label"]] for row in rows]
-    want_losses, want = train_plain(tiny_models["dry-t5"], sources, answers, spec, PLAIN_ADAPTERS[kind])
+    plain = PLAIN_ADAPTERS[kind]
+    want_losses, want = train_plain(tiny_models["dry-t5"], sources, answers, spec, plain, flat=stage > 0)
     assert losses == want_losses
     with slot.whole():
         assert same(weights(slot.model), want)
@@ -131,13 +132,14 @@ def test_on_any_base_a_trial_without_density_loss_is_plain_peft(
     assert same(weights(slot.model), want)
 
 
+@pytest.mark.parametrize("head", ["own", "two-layer"])
 @pytest.mark.parametrize("model", ["dry-bert", "dry-roberta", "dry-opt", "dry-gpt2"])
 def test_a_head_without_density_loss_is_plain_peft_too(
-    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], model: str
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], model: str, head: str
 ) -> None:
     """Bit for bit, from the same head and adapter; without dropout, as the head has been drawn from the same dice."""
     leaves = {"adapter__lora_dropout": 0.0, "train__warmup_share": 0.0, "train__max_grad_norm": 0.0}
-    spec = trial(model, "sst2", train__steps=7, **leaves)
+    spec = trial(model, "sst2", train__steps=7, adapter__head=head, **leaves)
     slot = open_slot(spec)
     start, losses = weights(slot.model), run(slot)
     rows = glue_rows("sst2", "train", 30)
