@@ -77,9 +77,8 @@ class Record:
         packing: ``slots``, trials that its host took at once by then; ``passes`` of the trial's micro-batches, of
             them ``shared`` with other trials; of these ``part_s``, its part of their seconds, beside ``alone_s``, what
             they would have taken alone by what the host has learnt of passes.
-        host_memory_gib: What its host measured at the first step of a trial that had the base to itself: taken by the
-            ``base`` before, by such a trial at its longest (``slot``), and ``free`` beside the base; empty where no
-            trial had.
+        host_memory_gib: What its host measured at the first step on a base that was free before: taken by the
+            ``base`` before, by a trial at its longest (``slot``), and ``free`` beside the base; empty before that.
         adapter: URI or path of the saved adapter.
         started_at: Unix seconds.
         ended_at: Unix seconds.

@@ -190,7 +190,6 @@ class Host:
 
     def _open(self, taken: Taken, started: float) -> Run:
         trial = taken.trial
-        self._first = None
         if not self._runs:
             self._first = FirstStep(self.memory)
             fused = trial.model.activation == "fused"
@@ -222,7 +221,7 @@ class Host:
                 self._end(run, result)
         steps = [(run, result) for run, result in zip(runs, results, strict=True) if isinstance(result, StepResult)]
         if steps and self._first is not None:
-            self._measure(steps[0][0].slot, self._first)
+            self._measure([run.slot for run, _ in steps], len(runs), self._first)
         self._agree_on_slots()
         if not steps:
             return
@@ -231,13 +230,20 @@ class Host:
             diverged, stop, save = map(bool, flags[3 * number : 3 * number + 3])
             self._go_on(run, Stepped(result, diverged, stop, save))
 
-    def _measure(self, slot: Slot, first: FirstStep) -> None:
-        """Take what the first step of a trial that has the base to itself says of memory; the largest trial counts."""
-        tokens = tokens_of([slot.longest])
-        holds = first.holds(tokens / max(self._pack.cost.tokens_alone if self._pack else 0, 1))
+    def _measure(self, slots: list[Slot], beside: int, first: FirstStep) -> None:
+        """Take what the first step on a free base says of memory; the largest trial counts.
+
+        Where trials come several at once, their very first passes go alone (:meth:`PassCost.groups`); later ones may be
+        shared, and say nothing of one trial.
+        """
+        self._first = None
+        if beside > 1 and (self._holds is not None or len(slots) < beside):
+            return
+        tokens = max(tokens_of([slot.longest]) for slot in slots)
+        alone = self._pack.cost.tokens_alone if self._pack else 0
+        holds = first.holds(tokens / max(alone, 1), beside)
         if self._holds is None or holds.slot > self._holds.slot:
             self._holds = holds
-        self._first = None
 
     def _agree_on_slots(self) -> None:
         """Take the lowest numbers of all ranks: of slots that memory holds in a pass, and of trials at once."""

@@ -18,7 +18,7 @@ _PROCESS = Path("/proc/self")
 
 @dataclass(frozen=True)
 class Holds:
-    """What a worker's memory holds, measured at the first step of a trial that had the base to itself.
+    """What a worker's memory holds, measured at the first step on a base that was free before.
 
     Args:
         base: Bytes that were taken before the trial.
@@ -81,7 +81,7 @@ class DeviceMemory:
 
 
 class FirstStep:
-    """Measures what one trial takes, from before its slot is opened until its first step is done.
+    """Measures what a trial takes, from before its slot is opened until its first step is done.
 
     Args:
         memory: The device's.
@@ -92,12 +92,13 @@ class FirstStep:
         memory.begin_peak()
         self._base, self._free = memory.used, memory.free
 
-    def holds(self, longest: float) -> Holds:
+    def holds(self, longest: float, slots: int = 1) -> Holds:
         """Return what memory holds.
 
         Args:
-            longest: Tokens of the longest pass that the trial can have, over those of the pass that it has had.
+            longest: Tokens of the longest pass that a trial can have, over those of the longest pass that there was.
+            slots: Trials that were opened and had their first step, each in a pass of its own.
         """
         kept = max(0, self._memory.used - self._base)
         passing = max(0, self._memory.peak - self._base - kept)
-        return Holds(self._base, round(kept + passing * max(1.0, longest)), self._free)
+        return Holds(self._base, round(kept / slots + passing * max(1.0, longest)), self._free)

@@ -312,7 +312,7 @@ def holds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def make(*found: Holds) -> None:
         measured = iter(found)
-        monkeypatch.setattr(FirstStep, "holds", lambda _first, _longest: next(measured, found[-1]))
+        monkeypatch.setattr(FirstStep, "holds", lambda _first, _longest, _slots: next(measured, found[-1]))
         monkeypatch.setattr(PassCost, "slots_worth", lambda _cost, most: most)
 
     return make
@@ -353,7 +353,8 @@ def test_memory_is_measured_with_the_trial_s_longest_pass(
 ) -> None:
     seen: list[float] = []
 
-    def holds(_first: FirstStep, longest: float) -> Holds:
+    def holds(_first: FirstStep, longest: float, slots: int) -> Holds:
+        assert slots == 1
         seen.append(longest)
         return Holds(100, 10, 1000)
 
@@ -366,6 +367,24 @@ def test_memory_is_measured_with_the_trial_s_longest_pass(
     serve(Inbox(padded), None, "padded")
     assert 1.0 < seen[0] < 3.0, "batches hold examples of unlike lengths"
     assert seen[1:] == [1.0], "all are of one length"
+
+
+def test_with_a_number_of_slots_memory_is_measured_at_the_first_steps_of_all_of_them(
+    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first passes go alone; whoever comes later may share them, so it is not measured again."""
+    seen: list[int] = []
+
+    def holds(_first: FirstStep, _longest: float, slots: int) -> Holds:
+        seen.append(slots)
+        return Holds(100, 10, 1000)
+
+    monkeypatch.setattr(FirstStep, "holds", holds)
+    found = serve(Inbox(*mixed[:3], *["wait"] * 40, *mixed[3:5]), 3, "three")
+    assert seen == [3]
+    assert end_of(found, mixed[0])["host_memory_gib"] == {
+        name: n / 2**30 for name, n in vars(Holds(100, 10, 1000)).items()
+    }
 
 
 def test_what_of_its_passes_a_trial_shared_is_in_its_record(

@@ -72,6 +72,13 @@ def test_the_longest_pass_counts_not_the_first(longest: float, slot: int) -> Non
     assert first.holds(longest) == Holds(base=100, slot=slot, free=1000)
 
 
+def test_of_several_trials_each_keeps_its_part_and_passes_alone() -> None:
+    memory = _Stepping()
+    first = FirstStep(memory)
+    memory.stepped = True
+    assert first.holds(2.0, slots=4) == Holds(base=100, slot=20 // 4 + 2 * 50, free=1000)
+
+
 @pytest.mark.parametrize("free", [-5.0, 0.0, 1.0, 10.0, 33.0, 1e9])
 @pytest.mark.parametrize("slot", [0.0, 0.5, 3.0, 40.0])
 def test_slots_that_fit_are_as_many_as_fit(free: float, slot: float) -> None:
