@@ -5,8 +5,8 @@
 A T5 with random weights, batches without padding, LoRA on every linear layer and the density loss, AdamW under
 DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that runs one trial at a time, and all
 slots step in one pass. For ``routing``, four slots with a quarter of a batch each step in one pass, and one slot with
-the whole batch. Ratios are taken within a round. Peak memory of the last step is stored: on a GPU of torch's allocator,
-on a CPU of the process.
+the whole batch; each round puts them on the base anew. Ratios are taken within a round. Peak memory of the last step
+is stored: on a GPU of torch's allocator, on a CPU of the process.
 
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
 """
@@ -76,6 +76,30 @@ class Bench:
         for slot in opened:
             slot.close()
         return {"s": {way: summary(times) for way, times in seconds.items()}, "peak_gib": peaks, "raw": seconds}
+
+    def routing(self, rows: int, quarters: int = 4) -> dict[str, Any]:
+        """Time slots that share out a batch beside one slot that has all of it, in turn: the third step of each."""
+        ways = {"four_quarters": (quarters, rows // quarters, together), "one_whole": (1, rows, one_by_one)}
+        seconds = {way: list[float]() for way in ways}
+        for number in range(self.asked.rounds + 1):
+            for way, (slots, each, step) in ways.items():
+                pack = Pack(self.base)
+                opened = [
+                    Slot(self.trial(place, each), self.base, self.data(place, each), self.ranks, pack=pack)
+                    for place in range(slots)
+                ]
+                for _ in range(2):
+                    step(opened)
+                took = timed(lambda step=step, opened=opened: step(opened), self.ranks.device)
+                if number:
+                    seconds[way].append(took)
+                for slot in opened:
+                    slot.close()
+        return {
+            "slots": quarters,
+            "s": {way: summary(times) for way, times in seconds.items()},
+            "four_quarters_over_one_whole": ratio(seconds["four_quarters"], seconds["one_whole"]),
+        }
 
     def trial(self, number: int, rows: int) -> TrialSpec:
         """Return a trial that differs from the others in its seed, α and ε."""
@@ -151,11 +175,8 @@ def main() -> None:
             }
         )
         print(slots, per_slots[-1]["one_by_one_over_together"], flush=True)
-    parts = bench.measure(4, asked.rows // 4, {"together": together})
-    whole = bench.measure(1, asked.rows, {"one_by_one": one_by_one})
-    # slots of the two cannot be on the base at once, so these medians are of two turns, one behind the other
-    routing = {"slots": 4, "s": {"four_quarters": parts["s"]["together"], "one_whole": whole["s"]["one_by_one"]}}
-    routing["ratio_of_medians"] = parts["s"]["together"]["median"] / whole["s"]["one_by_one"]["median"]
+    routing = bench.routing(asked.rows)
+    print("routing", routing["four_quarters_over_one_whole"], flush=True)
     kind = f"{asked.shape}_{asked.quantization}_{asked.dtype}" + ("_checkpointed" if asked.checkpointing else "")
     each = [per_slots[place]["peak_gib"]["together"] / per_slots[place]["slots"] for place in (0, -1)]
     memory = {"gib_per_trial_fewest_slots": each[0], "gib_per_trial_most_slots": each[1], "ratio": each[1] / each[0]}

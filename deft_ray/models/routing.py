@@ -3,7 +3,7 @@
 PEFT holds the adapters; it would put one adapter's update on all rows, or sort rows by name in evaluation only. Here
 each adapter has rows that follow on each other, so that they are views and nothing is gathered.
 
-Shape suffixes: B batch, N rows (B times T), I and O a layer's inputs and outputs, R rank.
+Shape suffixes: B batch, N rows (B times T), I and O a layer's inputs and outputs, R rank, K adapters of one shape.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class LoraUpdates(torch.autograd.Function):
     .. math:: out'_k = out_k + s_k\, in_k A_k^T B_k^T
 
     The products are so small that starting them costs more than computing them. Left to autograd, each would be a few
-    nodes more, and each slot's rows would get a gradient of the whole tensor's size.
+    nodes more, and each slot's rows would get a gradient of the whole tensor's size. Neighbours of one shape are one
+    batched product.
     """
 
     @staticmethod
@@ -184,35 +185,88 @@ class LoraUpdates(torch.autograd.Function):
             weights: A and B of each once more, for autograd.
         """
         input_NI, out_NO = _flat(input_B), _flat(out_B)
-        updated_NO, lows = out_NO.clone(), []
-        for update in updates:
-            mine = update.rows.of_size(len(out_NO))
-            low_NR = torch.mm(input_NI[mine].to(update.down.dtype), update.down.t()).mul_(update.scaling)
-            lows.append(low_NR)
-            if out_NO.dtype == low_NR.dtype:
-                updated_NO[mine].addmm_(low_NR, update.up.t())
+        updated_NO, batches, lows = out_NO.clone(), _batches(updates, len(out_NO)), []
+        for batch, down_KRI, up_KOR in _stacked(batches, weights):
+            low_KNR = torch.bmm(batch.of(input_NI).to(down_KRI.dtype), down_KRI.mT).mul_(batch.scaling)
+            mine_KNO = batch.of(updated_NO)
+            if mine_KNO.dtype == low_KNR.dtype:
+                mine_KNO.baddbmm_(low_KNR, up_KOR.mT)
             else:
-                update_NO = torch.mm(low_NR, update.up.t())
-                updated_NO[mine] += update_NO.to(out_NO.dtype) if is_quantised else update_NO
-        ctx.updates = [(update.rows, update.scaling) for update in updates]
-        ctx.save_for_backward(input_B, *weights, *lows)
+                update_KNO = torch.bmm(low_KNR, up_KOR.mT)
+                mine_KNO += update_KNO.to(mine_KNO.dtype) if is_quantised else update_KNO
+            lows.append(low_KNR)
+        ctx.batches = batches
+        ctx.save_for_backward(input_B, *lows, *weights)
         return updated_NO.view(out_B.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients of the input, the base's output, and each A and B."""
         input_B, *saved = ctx.saved_tensors
-        weights, lows = saved[: 2 * len(ctx.updates)], saved[2 * len(ctx.updates) :]
+        lows, weights = saved[: len(ctx.batches)], saved[len(ctx.batches) :]
         input_NI, grad_NO, found = _flat(input_B), _flat(grads[0]), list[Tensor | None]()
         grad_NI = torch.zeros_like(input_NI) if ctx.needs_input_grad[0] else None
-        for (rows, scaling), down_RI, up_OR, low_NR in zip(ctx.updates, weights[::2], weights[1::2], lows, strict=True):
-            mine = rows.of_size(len(grad_NO))
-            mine_NO = grad_NO[mine].to(up_OR.dtype)
-            grad_NR = torch.mm(mine_NO, up_OR).mul_(scaling)
-            found += [torch.mm(grad_NR.t(), input_NI[mine].to(down_RI.dtype)), torch.mm(mine_NO.t(), low_NR)]
-            if grad_NI is not None:
-                grad_NI[mine] = torch.mm(grad_NR, down_RI)
+        for (batch, down_KRI, up_KOR), low_KNR in zip(_stacked(ctx.batches, weights), lows, strict=True):
+            grad_KNO = batch.of(grad_NO).to(up_KOR.dtype)
+            grad_KNR = torch.bmm(grad_KNO, up_KOR).mul_(batch.scaling)
+            grad_KRI = torch.bmm(grad_KNR.mT, batch.of(input_NI).to(down_KRI.dtype))
+            grad_KOR = torch.bmm(grad_KNO.mT, low_KNR)
+            found += [grad for both in zip(grad_KRI, grad_KOR, strict=True) for grad in both]
+            if grad_NI is None:
+                continue
+            if grad_NI.dtype == down_KRI.dtype:
+                torch.bmm(grad_KNR, down_KRI, out=batch.of(grad_NI))
+            else:
+                batch.of(grad_NI).copy_(torch.bmm(grad_KNR, down_KRI))
         return None if grad_NI is None else grad_NI.view(input_B.shape), grads[0], None, None, *found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Adapters of one shape whose rows follow on each other, as many rows each.
+
+    Args:
+        count: How many.
+        place: Their rows in a tensor of the pass, (N, ...).
+        scaling: What each update is multiplied by.
+    """
+
+    count: int
+    place: slice
+    scaling: float
+
+    def of(self, tensor_N: Tensor) -> Tensor:
+        """Return their rows, (count, rows of each, ...), a view."""
+        return tensor_N[self.place].view(self.count, -1, tensor_N.shape[-1])
+
+
+def _batches(updates: Sequence[Update], size: int) -> list[_Batch]:
+    """Put neighbours of one shape together; in the order of the updates."""
+    found: list[_Batch] = []
+    last: Any = None
+    for update in updates:
+        place = update.rows.of_size(size)
+        kind = update.down.shape, update.up.shape, update.down.dtype, update.scaling, place.stop - place.start
+        if kind == last and place.start == found[-1].place.stop:
+            before = found.pop()
+            found.append(_Batch(before.count + 1, slice(before.place.start, place.stop), update.scaling))
+        else:
+            found.append(_Batch(1, place, update.scaling))
+        last = kind
+    return found
+
+
+def _stacked(batches: Sequence[_Batch], weights: Sequence[Tensor]) -> Iterator[tuple[_Batch, Tensor, Tensor]]:
+    """Give each batch its A, (K, R, I), and B, (K, O, R), of weights that alternate."""
+    start = 0
+    for batch in batches:
+        mine = list(weights[start : start + 2 * batch.count])
+        start += len(mine)
+        yield batch, _stack(mine[::2]), _stack(mine[1::2])
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -42,11 +42,18 @@ class SlotModule(nn.Module):
         for index, parameter in enumerate((*self.trainable, *self.scales)):
             self.register_parameter(f"parameter_{index}", parameter)
 
-    def forward(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Return a zero with these gradients, in the order of :meth:`parameters`; None for one without."""
-        given = zip(gradients, (*self.trainable, *self.scales), strict=True)
-        used = [(gradient, parameter) for gradient, parameter in given if gradient is not None]
-        zero: Tensor = _StandIn.apply([gradient for gradient, _ in used], *(parameter for _, parameter in used))
+    def forward(self, gradients: list[Tensor | None]) -> Tensor:
+        """Return a zero with these gradients.
+
+        Args:
+            gradients: In the order of :meth:`parameters`; None for one without. The list is emptied, so that nobody
+                holds them any more and the parameters take them over as they are.
+        """
+        parameters = [*self.trainable, *self.scales]
+        used = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        given = [gradients[place] for place in used]
+        gradients.clear()
+        zero: Tensor = _StandIn.apply(given, *(parameters[place] for place in used))
         return zero
 
 
@@ -54,13 +61,18 @@ class _StandIn(torch.autograd.Function):
     """A zero with given gradients."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient * grads[0] for gradient in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, []
+        if grads[0].is_cuda or grads[0] != 1:  # on a GPU it would have to be waited for
+            gradients[:] = [gradient * grads[0] for gradient in gradients]
+        found = None, *gradients
+        gradients.clear()
+        return found
 
 
 def build_engine(
@@ -84,22 +96,27 @@ def build_engine(
         accumulation: Forward passes per step.
         learning_rate: First learning rate; set per step through :func:`set_learning_rate`.
         weight_decay: AdamW's.
-        max_grad_norm: Clip the gradient's global norm to this; 0 for never. DeepSpeed's silent default is 1.
+        max_grad_norm: Clip the gradient's global norm to this; 0 for never. DeepSpeed's silent default is 1. At stage 0
+            it is clipped by torch, as by any other trainer, as DeepSpeed sums the norm in another order.
         zero_stage: 0 to 3; 3 shares out the trainable parameters too, the frozen base stays whole on every worker.
         paged: See :func:`build_optimizer`.
     """
     deepspeed = _deepspeed()
-    optimizer = build_optimizer(module, learning_rate, weight_decay, paged=paged)
+    whole = zero_stage == 0
+    clipped = max_grad_norm if whole else 0.0
+    optimizer = build_optimizer(module, learning_rate, weight_decay, paged=paged, max_grad_norm=clipped)
     config = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": 0.0 if whole else max_grad_norm,
         "zero_optimization": {"stage": zero_stage, **({"param_persistence_threshold": 0} if zero_stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _SILENT,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if whole and engine.dp_world_size == 1:
+        engine.enable_backward_allreduce = False  # else every gradient is copied together and back, to no end
     return engine
 
 
@@ -116,15 +133,24 @@ def whole(module: SlotModule) -> Iterator[None]:
         yield
 
 
-class _Projected(torch.optim.Optimizer):
-    """Keeps the parameters of a group with ``bounds`` between them, after every step of the optimizer it is mixed into.
+class _Bounded(torch.optim.Optimizer):
+    """Clips gradients before, and bounds parameters after, every step of the optimizer it is mixed into.
 
-    Inside the optimizer and not behind it, so that it holds for the master copies that ZeRO steps on.
+    Parameters of a group with ``bounds`` are kept between them, inside the optimizer and not behind it, so that it
+    holds for the master copies that ZeRO steps on.
+
+    Attributes:
+        max_grad_norm: See :func:`build_engine`; 0 where gradients come clipped.
     """
+
+    max_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take one step."""
+        if self.max_grad_norm:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         loss = super().step(closure)
         for group in self.param_groups:
             if group.get("bounds") is not None:
@@ -133,12 +159,12 @@ class _Projected(torch.optim.Optimizer):
         return loss
 
 
-class ProjectedAdamW(_Projected, torch.optim.AdamW):
-    """torch's AdamW, projected."""
+class BoundedAdamW(_Bounded, torch.optim.AdamW):
+    """torch's AdamW, bounded."""
 
 
 def build_optimizer(
-    module: SlotModule, learning_rate: float, weight_decay: float, *, paged: bool = False
+    module: SlotModule, learning_rate: float, weight_decay: float, *, paged: bool = False, max_grad_norm: float = 0.0
 ) -> torch.optim.Optimizer:
     """Return fused AdamW; layer scales have their own learning rate, no decay, and stay in [0, 1].
 
@@ -151,20 +177,25 @@ def build_optimizer(
         paged: bitsandbytes' AdamW with 32-bit moments, which a GPU short of memory moves to the host's (QLoRA, Dettmers
             et al., arXiv:2305.14314): those of 100,000 parameters and more. bitsandbytes never gives that memory back,
             so each trial of a host keeps its share. On a CPU the same without paging.
+        max_grad_norm: What it clips gradients to by itself; 0 for never.
     """
     groups: list[dict[str, Any]] = [{"params": list(module.trainable), "weight_decay": weight_decay, "rate_share": 1.0}]
     if module.scales:
         share = module.scales_learning_rate / learning_rate
         groups.append({"params": list(module.scales), "weight_decay": 0.0, "rate_share": share, "bounds": (0.0, 1.0)})
+    optimizer: Any
     if not paged:
-        return ProjectedAdamW(groups, lr=learning_rate, fused=True)
-    from bitsandbytes.optim import AdamW32bit, PagedAdamW32bit
+        optimizer = BoundedAdamW(groups, lr=learning_rate, fused=True)
+    else:
+        from bitsandbytes.optim import AdamW32bit, PagedAdamW32bit
 
-    on_gpu = module.trainable[0].device.type == "cuda"
-    # bitsandbytes has no types, and is loaded only by who asks for it: half a second
-    projected = type("ProjectedPagedAdamW", (_Projected, PagedAdamW32bit if on_gpu else AdamW32bit), {})
-    optimizer: torch.optim.Optimizer = projected(groups, lr=learning_rate)
-    return optimizer
+        on_gpu = module.trainable[0].device.type == "cuda"
+        # bitsandbytes has no types, and is loaded only by who asks for it: half a second
+        bounded = type("BoundedPagedAdamW", (_Bounded, PagedAdamW32bit if on_gpu else AdamW32bit), {})
+        optimizer = bounded(groups, lr=learning_rate)
+    optimizer.max_grad_norm = max_grad_norm
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
 def _deepspeed() -> Any:

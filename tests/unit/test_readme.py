@@ -114,7 +114,7 @@ def test_slots_in_one_pass_are_as_fast_as_measured() -> None:
     found = result("packing_base_nf4_float32_cpu")
     over = {row["slots"]: row["one_by_one_over_together"] for row in found["steps"]}
     wanted = [over[4]["median"], over[4]["count"], over[4]["lower_quartile"], over[4]["upper_quartile"]]
-    wanted += [over[2]["median"], over[8]["median"], found["routing"]["ratio_of_medians"], 1.15]
+    wanted += [over[2]["median"], over[8]["median"], found["routing"]["four_quarters_over_one_whole"]["median"], 1.15]
     # "Flan-T5", "NF4" and "4 x 64" have figures of their own
     assert figures("four slots in one pass")[4:] == [round(figure, 2) for figure in wanted]
 
