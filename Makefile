@@ -8,6 +8,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 DEVELOPMENT := .venv/installed-dev
 ARGS ?=
+# Unit tests at once, by file: each needs a core and up to 2 GiB.
+JOBS ?= 2
 
 .PHONY: sweep test check lint types unit integration real-data bench bench-search clean
 
@@ -26,7 +28,7 @@ types: $(DEVELOPMENT)
 	$(BIN)/mypy
 
 unit: $(DEVELOPMENT)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses $(JOBS) --dist loadfile
 
 integration: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests/integration

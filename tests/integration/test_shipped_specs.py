@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.integration.sweeps import ROOT, mlflow_runs, records, sweep
-from tests.tiny import write_glue, write_squad, write_tiny_roberta, write_tiny_t5
+from tests.tiny import write_glue, write_squad, write_tiny_bert, write_tiny_roberta, write_tiny_t5
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, when its database is read
 
@@ -66,3 +68,21 @@ def test_shipped_spec_runs_to_the_end(name: str, family: str, tasks: int, data: 
         assert all((output / f"pareto-{record['task']}.{kind}").is_file() for kind in ("html", "png", "csv"))
     parents, nested = mlflow_runs(output)
     assert (len(parents), len(nested)) == (1, 2 * tasks)
+
+
+def test_a_published_setting_runs_to_the_end_with_the_authors_head_and_bottleneck(data: Path, tmp_path: Path) -> None:
+    model, output = write_tiny_bert(tmp_path / "model"), tmp_path / "run"
+    local = overrides(*SHRUNK[:-1], f"model.name={model}", f"data.dir={data}", "data.tasks=[rte]", "search.seeds=[42]")
+    done = sweep(ROOT / "search_spaces" / "paper" / "bert_base_relu_adapter.yaml", output, *local)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(output)
+    assert [(record["status"], record["activation"], record["approximation"]) for record in found] == [
+        ("complete", "ReLU", "tanh")
+    ] * 2
+    for record in found:
+        with safe_open(Path(record["adapter"]) / "adapter_model.safetensors", "np") as saved:
+            shapes = {key.split(".", 2)[-1]: saved.get_slice(key).get_shape() for key in saved.keys()}  # noqa: SIM118
+        assert shapes["classifier.dense.weight"] == [64, 64]
+        assert shapes["classifier.out_proj.weight"] == [2, 64]
+        assert json.loads((Path(record["adapter"]) / "adapter_config.json").read_text())["reads"] == "sum"
