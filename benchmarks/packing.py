@@ -14,6 +14,7 @@ Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from density_loss import ratio, timed
 from shapes import SHAPES, VOCABULARY, build_t5
-from store import store, summary
+from store import RESULTS, origin, store, summary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from deft_ray.models.base import Base
@@ -78,10 +79,13 @@ class Bench:
         return {"s": {way: summary(times) for way, times in seconds.items()}, "peak_gib": peaks, "raw": seconds}
 
     def routing(self, rows: int, quarters: int = 4) -> dict[str, Any]:
-        """Time slots that share out a batch beside one slot that has all of it, in turn: the third step of each."""
+        """Time slots that share out a batch beside one slot that has all of it, in turn: the third step of each.
+
+        By the clock, and by the seconds in which this process computes, which neighbours on the machine move less.
+        """
         ways = {"four_quarters": (quarters, rows // quarters, together), "one_whole": (1, rows, one_by_one)}
-        seconds = {way: list[float]() for way in ways}
-        for number in range(self.asked.rounds + 1):
+        seconds, computing = ({way: list[float]() for way in ways} for _ in range(2))
+        for number in range(2 * self.asked.rounds + 1):
             for way, (slots, each, step) in ways.items():
                 pack = Pack(self.base)
                 opened = [
@@ -90,15 +94,18 @@ class Bench:
                 ]
                 for _ in range(2):
                     step(opened)
+                began = time.process_time()
                 took = timed(lambda step=step, opened=opened: step(opened), self.ranks.device)
                 if number:
                     seconds[way].append(took)
+                    computing[way].append(time.process_time() - began)
                 for slot in opened:
                     slot.close()
         return {
             "slots": quarters,
             "s": {way: summary(times) for way, times in seconds.items()},
             "four_quarters_over_one_whole": ratio(seconds["four_quarters"], seconds["one_whole"]),
+            "cpu_seconds": ratio(computing["four_quarters"], computing["one_whole"]),
         }
 
     def trial(self, number: int, rows: int) -> TrialSpec:
@@ -158,15 +165,30 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=4, help="tokens of an answer")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parts", default="slots,routing", help="which to measure; the other's figures stay")
     parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="how many, by commas")
     asked = parser.parse_args()
-    began, bench = time.perf_counter(), Bench(asked)
-    per_slots = []
+    bench = Bench(asked)
+    kind = f"{asked.shape}_{asked.quantization}_{asked.dtype}" + ("_checkpointed" if asked.checkpointing else "")
+    name = f"packing_{kind}_{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    file = RESULTS / f"{name}.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    measures = {"slots": lambda: measure_slots(bench), "routing": lambda: bench.routing(asked.rows)}
+    settings = {key: value for key, value in vars(asked).items() if key != "parts"}
+    parts = {part: stored[part] for part in measures if part in stored}
+    for part in asked.parts.split(","):
+        parts[part] = {"measured": {**origin(), "settings": settings}, **measures[part]()}
+    store(name, parts)
+
+
+def measure_slots(bench: Bench) -> dict[str, Any]:
+    """Measure passes of so many slots each, and what a trial takes of memory."""
+    asked, steps = bench.asked, []
     for slots in map(int, asked.slots.split(",")):
         found = bench.measure(slots, asked.rows, {"one_by_one": one_by_one, "together": together})
         raw = found.pop("raw")
         tokens = slots * asked.rows * (asked.source + asked.target)
-        per_slots.append(
+        steps.append(
             {
                 "slots": slots,
                 **found,
@@ -174,22 +196,10 @@ def main() -> None:
                 "tokens_per_s": {way: tokens / times["median"] for way, times in found["s"].items()},
             }
         )
-        print(slots, per_slots[-1]["one_by_one_over_together"], flush=True)
-    routing = bench.routing(asked.rows)
-    print("routing", routing["four_quarters_over_one_whole"], flush=True)
-    kind = f"{asked.shape}_{asked.quantization}_{asked.dtype}" + ("_checkpointed" if asked.checkpointing else "")
-    each = [per_slots[place]["peak_gib"]["together"] / per_slots[place]["slots"] for place in (0, -1)]
+        print(slots, steps[-1]["one_by_one_over_together"], flush=True)
+    each = [steps[place]["peak_gib"]["together"] / steps[place]["slots"] for place in (0, -1)]
     memory = {"gib_per_trial_fewest_slots": each[0], "gib_per_trial_most_slots": each[1], "ratio": each[1] / each[0]}
-    store(
-        f"packing_{kind}_{'gpu' if torch.cuda.is_available() else 'cpu'}",
-        {
-            "settings": vars(asked),
-            "wall_s": time.perf_counter() - began,
-            "steps": per_slots,
-            "routing": routing,
-            "memory": memory,
-        },
-    )
+    return {"steps": steps, "memory": memory}
 
 
 if __name__ == "__main__":

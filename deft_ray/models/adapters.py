@@ -123,7 +123,11 @@ def attach_adapter(
     if outputs is not None:
         renew_head(base.model, base.family, outputs, two_layers=two_layer_head)
     if beside is None:
-        model: PeftModel = get_peft_model(base.model, config, adapter_name=name)
+        try:
+            model: PeftModel = get_peft_model(base.model, config, adapter_name=name)
+        except Exception:
+            remove_head(base.model)
+            raise
     else:
         model = beside
         model.add_adapter(name, config)

@@ -150,7 +150,10 @@ def _targets(shape: _Shape, adapter: AdapterSection) -> dict[str, tuple[int, ...
 
 
 def _trained(shape: _Shape, spec: SweepSpec) -> float:
-    """Parameters of the largest adapter that a trial can have; a head is left out."""
+    """Parameters of the largest adapter that a trial can have.
+
+    A head is left out, as is all that it and a bottleneck keep for the backward pass.
+    """
     adapter = spec.adapter
     d_model, layers = shape.d_model, shape.layers + shape.decoder_layers
     kinds = {

@@ -2,7 +2,7 @@
 
 A model's own head is what transformers gives it: one linear layer behind BERT's pooler, at the last token of OPT and
 GPT-2, at ViT's class token; RoBERTa's has two layers. The library that the authors of DEFT ran (adapter-transformers
-3.2.1) puts two layers on all of them, whatever adapter is trained,
+3.2.1) puts two layers on all of them where its own adapters and LoRA are trained,
 
 .. math:: W_2\\, \\mathrm{drop}(\\tanh(W_1\\, \\mathrm{drop}(h) + b_1)) + b_2,
 
@@ -92,6 +92,7 @@ def renew_head(model: Any, family: Family, outputs: int, *, two_layers: bool = F
         there.original_module = head  # another adapter's head lies beside it
     else:
         setattr(model, family.head, head)
+        _read_pooler(model)
         if leaves_pooler_unread(family, two_layers=two_layers):
             _pass_over_pooler(model)
 

@@ -41,6 +41,7 @@ class Routing:
 
     def __init__(self) -> None:
         self.routes: Routes = ()
+        self._bottlenecks: list[BottleneckLayer] = []
 
     def install(self, model: PeftModel) -> None:
         """Route every layer that has an adapter, and the task head; again after each adapter that is added.
@@ -50,6 +51,7 @@ class Routing:
         Raises:
             CannotShareError: If one of several adapters is on an embedding or a convolution.
         """
+        self._bottlenecks = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 if len(model.peft_config) > 1 and (what := _no_matrix(module)):
@@ -68,6 +70,12 @@ class Routing:
             yield
         finally:
             self.routes = ()
+
+    def forget(self) -> None:
+        """Let go of what a pass has left that did not come to its end: it would hold all that lies before."""
+        for layer in self._bottlenecks:
+            if layer.stream is not None:
+                layer.stream.take()
 
     def _layer(self, layer: Any, update: Any, input_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Forward pass of an adapted layer: its own output, and on each row the update of the row's adapter."""

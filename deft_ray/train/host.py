@@ -233,11 +233,12 @@ class Host:
     def _measure(self, slots: list[Slot], beside: int, first: FirstStep) -> None:
         """Take what the first step on a free base says of memory; the largest trial counts.
 
-        Where trials come several at once, their very first passes go alone (:meth:`PassCost.groups`); later ones may be
-        shared, and say nothing of one trial.
+        Where trials come several at once, their very first passes go alone (:meth:`PassCost.groups`). Shared ones, as
+        the second of a step in parts is, say nothing of one trial.
         """
         self._first = None
-        if beside > 1 and (self._holds is not None or len(slots) < beside):
+        shared = len(slots) < beside or any(slot.packed.shared for slot in slots)
+        if beside > 1 and (self._holds is not None or shared):
             return
         tokens = max(tokens_of([slot.longest]) for slot in slots)
         alone = self._pack.cost.tokens_alone if self._pack else 0

@@ -209,7 +209,7 @@ class Pack:
             remove_routing(self.model)
         detach_adapter(self.model, seat.name)
         if not self.seats:
-            self.model, self._probe = None, None
+            self.model, self._probe, self.routing = None, None, Routing()
 
     def run(self, shares: Sequence[Share]) -> list[Found]:
         """Compute the task loss and the gradient of every share, in one pass.
@@ -295,6 +295,7 @@ class Pack:
 
     def _enter(self, stack: ExitStack, seats: Sequence[Seat], rows: Sequence[Rows]) -> None:
         """Route rows to the adapters and layer scales of these seats."""
+        stack.callback(self.routing.forget)
         if len(self.seats) > 1:
             routes = [(seat.name, mine) for seat, mine in zip(seats, rows, strict=True)]
             stack.enter_context(self.routing.routing(*routes))

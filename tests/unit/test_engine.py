@@ -98,7 +98,7 @@ def test_one_step_is_adamws(ranks: Ranks, zero_stage: int, accumulation: int) ->
         set_learning_rate(engine, 0.01)
         for part in x.chunk(accumulation):
             gradients = torch.autograd.grad(toy(part), [toy.trained.weight, toy.trained.bias])
-            engine.backward(engine(gradients))  # DeepSpeed divides by the number of passes
+            engine.backward(engine(list(gradients)))  # DeepSpeed divides by the number of passes
             engine.step()
         optimizer.zero_grad()
         twin(x).backward()
@@ -108,3 +108,30 @@ def test_one_step_is_adamws(ranks: Ranks, zero_stage: int, accumulation: int) ->
     torch.testing.assert_close(toy.trained.weight, twin.trained.weight, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(toy.trained.bias, twin.trained.bias, rtol=1e-6, atol=1e-7)
     assert torch.equal(toy.frozen.weight, twin.frozen.weight)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("zero_stage", "exact"), [(0, True), (1, False), (2, False)])
+def test_gradients_are_clipped_as_by_torch(ranks: Ranks, zero_stage: int, exact: bool, paged: bool) -> None:
+    """At stage 0 bit for bit, where torch itself clips; bitsandbytes' optimizer is another in any case."""
+    torch.manual_seed(0)
+    mine = [nn.Parameter(torch.randn(size)) for size in (16, 8)]
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
+    optimizer = torch.optim.AdamW(twins, lr=0.01, weight_decay=0.1, fused=True)
+    sizes = {"batch_size": 1, "micro_batch_size": 1, "accumulation": 1}
+    how = {"learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": zero_stage, "paged": paged}
+    engine = build_engine(SlotModule(mine), **sizes, **how)
+    for scale in (3.0, 0.01, 30.0):  # clipped, not clipped, clipped
+        gradients = [scale * torch.randn_like(parameter) for parameter in mine]
+        for twin, gradient in zip(twins, gradients, strict=True):
+            twin.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(twins, 0.5)
+        optimizer.step()
+        engine.backward(engine([gradient.clone() for gradient in gradients]))
+        engine.step()
+    engine.destroy()
+
+    for parameter, twin in zip(mine, twins, strict=True):
+        if exact and not paged:
+            assert torch.equal(parameter, twin)
+        torch.testing.assert_close(parameter, twin, rtol=1e-5, atol=1e-6)

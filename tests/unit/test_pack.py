@@ -273,6 +273,25 @@ def out_of_memory(*_args: Any, **_options: Any) -> None:
     raise RuntimeError("out of memory")
 
 
+def test_a_pass_that_fails_leaves_nothing_of_itself(trial: Trial, base_of: Any, ranks: Ranks) -> None:
+    """A bottleneck that reads the residual stream has noted it by then, and with it all that lies before."""
+    specs = [
+        trial("dry-t5", trial=f"t{place:04}", adapter__kind="bottleneck", adapter__reads="sum") for place in range(2)
+    ]
+    base = base_of(specs[0])
+    pack = Pack(base)
+    slots = [Slot(spec, base, load_task(spec.task, spec.data, base), ranks, pack=pack) for spec in specs]
+    streams = [site.block.get_submodule(site.output).stream for site in base.sites]
+    hook = base.sites[1].block.get_submodule(base.sites[1].output).base_layer.register_forward_hook(out_of_memory)
+    for beside in (slots, slots[:1]):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pack.run([slot.share(measure=False) for slot in beside])
+        assert [stream.take() for stream in streams] == [None] * 4
+    hook.remove()
+    for slot in slots:
+        slot.close()
+
+
 def test_what_happens_in_one_slot_is_nothing_to_another(trial: Trial, base_of: Any, ranks: Ranks) -> None:
     """Bit for bit: with another's adapter of large numbers, or of none, a slot has the same loss and gradients."""
     specs = [trial("dry-t5", "sst2", trial=f"t{place:04}", seed=place, deft__alpha=2.0) for place in (0, 1)]

@@ -112,7 +112,7 @@ def test_what_a_path_finds_is_what_was_measured() -> None:
 
 def test_slots_in_one_pass_are_as_fast_as_measured() -> None:
     found = result("packing_base_nf4_float32_cpu")
-    over = {row["slots"]: row["one_by_one_over_together"] for row in found["steps"]}
+    over = {row["slots"]: row["one_by_one_over_together"] for row in found["slots"]["steps"]}
     wanted = [over[4]["median"], over[4]["count"], over[4]["lower_quartile"], over[4]["upper_quartile"]]
     wanted += [over[2]["median"], over[8]["median"], found["routing"]["four_quarters_over_one_whole"]["median"], 1.15]
     # "Flan-T5", "NF4" and "4 x 64" have figures of their own
@@ -121,7 +121,7 @@ def test_slots_in_one_pass_are_as_fast_as_measured() -> None:
 
 def test_memory_of_slots_is_what_was_measured() -> None:
     found = result("packing_xl_nf4_float32_checkpointed_cpu")
-    one, eight = found["steps"]
+    one, eight = found["slots"]["steps"]
     each = {row["slots"]: row["peak_gib"]["together"] / row["slots"] for row in (one, eight)}
     assert each[8] / each[1] <= 1 / 3
     wanted = [round(each[8] / each[1], 2), round(each[8], 1), round(each[1], 1)]

@@ -58,7 +58,7 @@ CASES: tuple[Case, ...] = (
     ("bert", "lora", "mrpc", 1, NF4 | SINGLES),
     ("bert", "bottleneck", "rte", 2, BF16),
     ("roberta", "lora", "stsb", 3, {}),
-    ("roberta", "bottleneck", "qnli", 0, SINGLES),
+    ("roberta", "bottleneck", "qnli", 0, {**SINGLES, "adapter__reads": "sum"}),
     ("roberta", "prefix", "rte", 0, PAIRS),
     ("roberta", "prompt", "mrpc", 2, {}),
     ("opt", "lora", "sst2", 1, PAIRS),
@@ -66,7 +66,7 @@ CASES: tuple[Case, ...] = (
     ("narrow-opt", "lora", "qnli", 2, {}),
     ("narrow-opt", "bottleneck", "mrpc", 0, SINGLES),
     ("gpt2", "lora", "qnli", 2, PAIRS),
-    ("gpt2", "bottleneck", "stsb", 1, SINGLES),
+    ("gpt2", "bottleneck", "stsb", 1, {**SINGLES, "adapter__head": "two-layer"}),
     ("vit", "lora", "cifar10", 3, SINGLES),
     ("vit", "bottleneck", "images", 0, {}),
 )
