@@ -2,11 +2,11 @@
 
     python benchmarks/packing.py [--shape base] [--quantization nf4] [--dtype float32] [--rounds 9]
 
-A T5 with random weights, batches without padding, LoRA on every linear layer and the density loss, AdamW under
-DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that runs one trial at a time, and all
-slots step in one pass. For ``routing``, four slots with a quarter of a batch each step in one pass, and one slot with
-the whole batch; each round puts them on the base anew. Ratios are taken within a round. Peak memory of the last step
-is stored: on a GPU of torch's allocator, on a CPU of the process.
+A T5 with random weights, or the embedded one (``--shape nano``), batches without padding, LoRA on every linear layer
+and the density loss, AdamW under DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that
+runs one trial at a time, and all slots step in one pass. For ``routing``, four slots with a quarter of a batch each
+step in one pass, and one slot with the whole batch; each round puts them on the base anew. Ratios are taken within a
+round. Peak memory of the last step is stored: on a GPU of torch's allocator, on a CPU of the process.
 
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
 """
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from density_loss import ratio, timed
-from shapes import SHAPES, VOCABULARY, build_t5
+from shapes import SHAPES, build_t5
 from store import RESULTS, origin, store, summary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from deft_ray.models.base import Base
+from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
-from deft_ray.spec.catalog import find_task
+from deft_ray.spec.catalog import NANO, find_task
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.memory import DeviceMemory
@@ -52,6 +52,10 @@ class Bench:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked = asked
         self.ranks = start_single()
+        if asked.shape == NANO:
+            how = {"quantization": asked.quantization, "dtype": asked.dtype, "device": self.ranks.device}
+            self.base = load_base(NANO, "t5", **how)
+            return
         dtype = getattr(torch, asked.dtype)
         model = build_t5(asked.shape, quantization=asked.quantization, dtype=dtype, device=self.ranks.device)
         family = FAMILIES["t5"]
@@ -127,10 +131,10 @@ class Bench:
 
     def data(self, number: int, rows: int) -> EncodedTask:
         """Return examples of one length."""
-        dice = random.Random(number)
+        dice, vocabulary = random.Random(number), self.base.model.config.vocab_size
 
         def tokens(count: int) -> list[int]:
-            return [dice.randrange(3, VOCABULARY) for _ in range(count)]
+            return [dice.randrange(3, vocabulary) for _ in range(count)]
 
         examples = [Example(tokens(self.asked.source), tokens(self.asked.target), 0.0) for _ in range(4 * rows)]
         return EncodedTask(find_task(TASK, DataSection(tasks=[TASK])), examples, examples[:1], [], [])
@@ -157,7 +161,7 @@ def check(results: list[Any]) -> None:
 def main() -> None:
     """Measure all of it and store it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="base")
+    parser.add_argument("--shape", choices=(*SHAPES, NANO), default="base")
     parser.add_argument("--quantization", choices=("none", "nf4"), default="nf4")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=4)
