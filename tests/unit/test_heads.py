@@ -133,7 +133,7 @@ def test_the_base_is_as_it_was_once_the_adapter_is_off(tiny_models: dict[str, Pa
 
 def test_a_head_that_could_not_be_put_on_leaves_the_pooler_read(tiny_models: dict[str, Path]) -> None:
     base = new_base(tiny_models, "bert")
-    with pytest.raises(ValueError, match="pooler"):  # PEFT's own: nothing is left that it could adapt
+    with pytest.raises(ValueError, match=r"^No modules were targeted for adaptation"):  # PEFT's own
         attach_adapter(base, Lora(4, 8.0, 0.0, ["pooler.dense"]), outputs=2, two_layer_head=True)
     assert not any(isinstance(module, FirstToken) for module in base.model.modules())
     renew_head(base.model, base.family, 2, two_layers=True)
