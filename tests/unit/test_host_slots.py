@@ -36,9 +36,15 @@ MIXED: list[dict[str, Any]] = [
     {"deft__alpha": 0.0, "train__steps": 6, "train__evaluations": 3},
     {"task": "sst2", "deft__alpha": 3.0, "deft__epsilon": 1e-2, "adapter__r": 2, "seed": 1},
     {"deft__alpha": 1.0, "deft__approximation": "sigmoid", "adapter__target_modules": ["q", "v"], "train__steps": 9},
-    {"task": "stsb", "deft__alpha": 2.0, "deft__adaptive": True, "train__steps": 5},
+    {"task": "stsb", "deft__alpha": 2.0, "deft__adaptive": True, "deft__epsilon": 1e-4, "train__steps": 5},
     {"task": "squad", "deft__alpha": 1.0, "deft__approximation": "l1", "data__max_target_tokens": 4, "seed": 2},
-    {"task": "rte", "deft__alpha": 5.0, "train__micro_batch_size": 2, "train__learning_rate": 3e-3},
+    {
+        "task": "rte",
+        "deft__alpha": 5.0,
+        "deft__epsilon": 1e-4,
+        "train__micro_batch_size": 2,
+        "train__learning_rate": 3e-3,
+    },
 ]
 
 
@@ -121,7 +127,7 @@ def check_numbers(row: Row, other: Row) -> None:
         check_close(row, other, name, rel=1e-6)
     if other.get("score_metric") == "pearson":
         for said, want in zip(row.get("predictions", {}).values(), other.get("predictions", {}).values(), strict=True):
-            assert said == pytest.approx(want, abs=1e-6)
+            assert said == pytest.approx(want, abs=1e-5)  # as near as its layer scales are, which are float32
     else:
         check_close(row, other, "score", rel=1e-9)
 
@@ -369,10 +375,11 @@ def test_memory_is_measured_with_the_trial_s_longest_pass(
     assert seen[1:] == [1.0], "all are of one length"
 
 
-def test_with_a_number_of_slots_memory_is_measured_at_the_first_steps_of_all_of_them(
-    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shared", [False, True])
+def test_with_a_number_of_slots_memory_is_measured_where_their_first_passes_went_alone(
+    mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
-    """Their first passes go alone; whoever comes later may share them, so it is not measured again."""
+    """Once: whoever comes later may share them."""
     seen: list[int] = []
 
     def holds(_first: FirstStep, _longest: float, slots: int) -> Holds:
@@ -380,11 +387,12 @@ def test_with_a_number_of_slots_memory_is_measured_at_the_first_steps_of_all_of_
         return Holds(100, 10, 1000)
 
     monkeypatch.setattr(FirstStep, "holds", holds)
+    if not shared:
+        monkeypatch.setattr(PassCost, "groups", lambda _cost, sizes: [[place] for place in range(len(sizes))])
     found = serve(Inbox(*mixed[:3], *["wait"] * 40, *mixed[3:5]), 3, "three")
-    assert seen == [3]
-    assert end_of(found, mixed[0])["host_memory_gib"] == {
-        name: n / 2**30 for name, n in vars(Holds(100, 10, 1000)).items()
-    }
+    assert seen == ([] if shared else [3])
+    measured = {} if shared else {name: n / 2**30 for name, n in vars(Holds(100, 10, 1000)).items()}
+    assert end_of(found, mixed[0])["host_memory_gib"] == measured
 
 
 def test_what_of_its_passes_a_trial_shared_is_in_its_record(
