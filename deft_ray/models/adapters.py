@@ -125,7 +125,7 @@ def attach_adapter(
     if beside is None:
         try:
             model: PeftModel = get_peft_model(base.model, config, adapter_name=name)
-        except Exception:
+        except Exception:  # whatever it was: no head stays on the base, and no pooler unread
             remove_head(base.model)
             raise
     else:

@@ -238,7 +238,7 @@ def packing(records: Iterable[Record]) -> str:
     told = f"up to {most} trials at once on a host; {shared / max(passes, 1):.0%} of {passes:,.0f} passes were shared"
     if not alone_s:
         return told
-    saved = f"{alone_s - part_s:,.0f} s saved" if alone_s >= part_s else f"{part_s - alone_s:,.0f} s lost"
+    saved = f"{alone_s - part_s:,.0f} s of passes saved" if alone_s >= part_s else f"{part_s - alone_s:,.0f} s lost"
     return f"{told}, in {part_s:,.0f} s where {alone_s:,.0f} s are expected one by one ({saved})"
 
 

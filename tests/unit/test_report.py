@@ -98,7 +98,7 @@ def test_what_packing_saved_is_told(tmp_path: Path) -> None:
         packed("t2", slots=4, passes=70, shared=70, part_s=20.0, alone_s=41.0),
     ]
     told = "- Packing: up to 4 trials at once on a host; 80% of 100 passes were shared, in 23 s where 46 s are expected"
-    assert f"{told} one by one (23 s saved)" in report(tmp_path, [*alone, *shared])
+    assert f"{told} one by one (23 s of passes saved)" in report(tmp_path, [*alone, *shared])
     assert "Packing" not in report(tmp_path, alone)
     worse = [packed("t3", slots=2, passes=20, shared=20, part_s=7.0, alone_s=5.0)]
     assert "in 7 s where 5 s are expected one by one (2 s lost)" in report(tmp_path, worse)
