@@ -102,20 +102,20 @@ def build_engine(
         paged: See :func:`build_optimizer`.
     """
     deepspeed = _deepspeed()
-    whole = zero_stage == 0
-    clipped = max_grad_norm if whole else 0.0
+    plain = zero_stage == 0
+    clipped = max_grad_norm if plain else 0.0
     optimizer = build_optimizer(module, learning_rate, weight_decay, paged=paged, max_grad_norm=clipped)
     config = {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if whole else max_grad_norm,
+        "gradient_clipping": 0.0 if plain else max_grad_norm,
         "zero_optimization": {"stage": zero_stage, **({"param_persistence_threshold": 0} if zero_stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _SILENT,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
-    if whole and engine.dp_world_size == 1:
+    if plain and engine.dp_world_size == 1:
         engine.enable_backward_allreduce = False  # else every gradient is copied together and back, to no end
     return engine
 
