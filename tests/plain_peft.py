@@ -34,6 +34,7 @@ def train_plain(
     head: Mapping[str, Tensor] | None = None,
     *,
     flat: bool = False,
+    double: bool = False,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Fine-tune a T5, or a model with a head, with an adapter and a linear schedule without warm-up.
 
@@ -46,12 +47,13 @@ def train_plain(
         head: What a model with a head starts from: its trained tensors, head and adapter, by name.
         flat: Step on all trained tensors laid end to end, as ZeRO does: torch's fused AdamW rounds the last few entries
             of a tensor otherwise than the others on some CPUs.
+        double: Compute in float64, whatever the dtype of ``spec``.
 
     Returns:
         The loss of every step, and every trained tensor by its name in the PEFT model.
     """
     train, steps = spec.train, spec.train.steps or 0
-    options: dict[str, Any] = {"dtype": spec.model.dtype}
+    options: dict[str, Any] = {"dtype": torch.float64 if double else spec.model.dtype}
     if spec.model.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -169,6 +168,8 @@ def _load_tokenizer(source: str, revision: str | None, model: PreTrainedModel, f
 
 def _load_image_processor(source: str, revision: str | None, model: PreTrainedModel) -> Any:
     """Load the image processor, in the kind that needs nothing but pillow, and try it on a grey image."""
+    from PIL import Image
+
     processor: Any = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
     patches: Any = model.get_submodule("vit.embeddings.patch_embeddings")
     height, width = patches.image_size

@@ -60,8 +60,8 @@ class Plan:
         space: Searched leaves and their domains.
         hosts: Worker groups.
         workers: Workers of a host.
-        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit, hosts may find
-            fewer to be enough.
+        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit, or as a host takes
+            at most where that cannot be told; hosts may find fewer to be enough.
         packing: Why fewer share a base than were asked for, when they take turns, or that hosts find out how many; None
             where there is nothing to say.
         footprint: What a worker's memory is expected to be asked for; None where the model's files are not here.
@@ -132,7 +132,7 @@ def build_plan(spec: SweepSpec, output: str, machine: Machine, footprint: Footpr
         hosts=hosts,
         workers=resources.workers_per_host,
         slots=_slots(spec, hosts, footprint, free),
-        packing=packing_of(spec)[1],
+        packing=packing_of(spec, memory_is_known=footprint is not None and free > 0)[1],
         footprint=footprint,
         free_gib=free,
         resources=f"{resources.cpus_per_worker} CPU" + (f", {gpus} GPU" if gpus else ""),
@@ -167,8 +167,12 @@ def free_gib(spec: SweepSpec, machine: Machine) -> float:
     return machine.memory_gib / (count_hosts(spec, machine) * spec.resources.workers_per_host)
 
 
-def packing_of(spec: SweepSpec) -> tuple[int | None, str | None]:
+def packing_of(spec: SweepSpec, *, memory_is_known: bool = True) -> tuple[int | None, str | None]:
     """Say how many trials share a host's base.
+
+    Args:
+        spec: A checked spec.
+        memory_is_known: Whether it can be told before the sweep how many memory holds.
 
     Returns:
         How many, None where hosts find it out; and what else there is to say of it, such as what stands against as many
@@ -177,26 +181,40 @@ def packing_of(spec: SweepSpec) -> tuple[int | None, str | None]:
     asked = None if spec.resources.slots_per_host == "auto" else spec.resources.slots_per_host
     if asked == 1:
         return 1, None
-    found = "at most, by memory; each host finds out" if asked is None else None
-    # a leaf that is searched is found out trial by trial
     kind = None if "adapter.kind" in spec.space else spec.adapter.kind
     stage = None if "train.zero_stage" in spec.space else spec.train.zero_stage
     if kind in ("prefix", "prompt"):
         return 1, f"one at a time on each base: {kind} tuning changes what all rows attend to"
     if stage == 3:
         return 1, "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)"
-    tasks = [find_task(name, spec.data) for name in spec.data.tasks]
-    unlike = len({len(task.labels) for task in tasks}) > 1 or "adapter.head" in spec.space
-    if spec.model.family != "t5" and unlike:
-        return asked, "; ".join(filter(None, (found, "trials with unlike heads take turns")))
-    return asked, found
+    found = None
+    if asked is None:
+        found = f"at most{', by memory' if memory_is_known else ''}; each host finds out"
+    turns = [f"trials with unlike {what} take turns" for what in _unlike(spec)]
+    return asked, "; ".join(filter(None, (found, *turns))) or None
+
+
+def _unlike(spec: SweepSpec) -> list[str]:
+    """In what a sweep's trials may differ so that they cannot share a base."""
+    heads = {len(find_task(name, spec.data).labels) for name in spec.data.tasks}
+    return [
+        what
+        for what, yes in (
+            ("adapters", "adapter.kind" in spec.space),
+            ("ZeRO stages, of which 3 shares none,", 3 in spec.space.get("train.zero_stage", ())),
+            ("heads", spec.model.family != "t5" and (len(heads) > 1 or "adapter.head" in spec.space)),
+        )
+        if yes
+    ]
 
 
 def _slots(spec: SweepSpec, hosts: int, footprint: Footprint | None, free: float) -> int:
     """Trials at once: of a path one, however many hosts there are."""
     each = packing_of(spec)[0]
     if each is None:
-        each = 1 if footprint is None else slots_that_fit(free - footprint.base_gib, footprint.slot_gib)
+        each = MOST_SLOTS
+        if footprint is not None and free:
+            each = slots_that_fit(free - footprint.base_gib, footprint.slot_gib)
     slots = hosts * each
     return slots if spec.search.path is None else min(slots, len(spec.data.tasks) * len(spec.search.seeds))
 

@@ -137,7 +137,12 @@ class DialSection(Section):
 
 
 class TrainSection(Section):
-    """How one trial is trained."""
+    """How one trial is trained.
+
+    Args:
+        max_time_s: Seconds of its own after which a trial fails: of start-up, steps, evaluations and saving; of a pass
+            that several share each has an equal part. Looked at after every step.
+    """
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -154,6 +159,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     evaluations: Positive = 1
     checkpoint_every_s: Annotated[float, Field(ge=0.0)] = 60.0
+    max_time_s: Annotated[float, Field(gt=0.0)] | None = None
 
 
 class SearchSection(Section):

@@ -401,6 +401,8 @@ class _Sweep:
         return self.schedule.skipped + (self.schedule.remaining if self.spent is not None else 0)
 
     def _say_end(self, problems: list[str]) -> None:
+        from deft_ray.results.report import packing
+
         say = self.books.live.say
         if self._left_out():
             say(f"ended early: {self.spent or self.stalled}; {self._left_out()} trials not run")
@@ -408,6 +410,8 @@ class _Sweep:
             say(line)
         for problem in problems:
             say(f"not in MLflow: {problem}; deft-ray report {self.run_dir.path} --replay-mlflow writes it again")
+        if shared := packing(self.books.records):
+            say(f"slots   {shared}")
         shown = _shortest(self.run_dir.path)
         say(f"front   {shown}/front.csv")
         for task in self.spec.data.tasks:

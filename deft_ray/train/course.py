@@ -41,6 +41,11 @@ class _Clock:
     eval_s: float = 0.0
     save_s: float = 0.0
 
+    @property
+    def all_s(self) -> float:
+        """Seconds in all."""
+        return self.startup_s + self.train_s + self.eval_s + self.save_s
+
 
 @dataclass(frozen=True)
 class Stepped:
@@ -51,12 +56,14 @@ class Stepped:
         diverged: Whether a loss was not finite.
         stop: Whether the trial is to stop.
         save: Whether it is time for a checkpoint.
+        late: Whether the trial has had all its time.
     """
 
     result: StepResult
     diverged: bool
     stop: bool
     save: bool
+    late: bool
 
 
 #: What a trial does, pausing for each pass: True is for a step, which is answered, False for a batch of an evaluation.
@@ -88,11 +95,13 @@ class Run:
         """Whether the step that comes is reported."""
         return (self.slot.done + 1) % self._report_every == 0
 
-    def flags(self, result: StepResult) -> tuple[bool, bool, bool]:
-        """What this rank says after a step: that it diverged, that the trial is to stop, that a checkpoint is due."""
+    def flags(self, result: StepResult) -> tuple[bool, bool, bool, bool]:
+        """What this rank says after a step: the fields of :class:`Stepped` in their order."""
         stop = self.ranks.leads and self.inbox.stop_requested(self.trial.trial)
         due = self.ranks.leads and time.monotonic() - self._saved >= self.trial.train.checkpoint_every_s
-        return not math.isfinite(result.task_loss), stop, due
+        limit = self.trial.train.max_time_s
+        late = self.ranks.leads and limit is not None and self.clock.all_s > limit
+        return not math.isfinite(result.task_loss), stop, due, late
 
     def go_on(self, stepped: Stepped | None = None) -> bool:
         """Go on to the next pass; True at the end.
@@ -115,6 +124,11 @@ class Run:
             stepped = yield True
             assert stepped is not None
             self._report(stepped, measured)
+            if stepped.late and self.slot.done < self.slot.steps:
+                raise TimeoutError(
+                    f"train.max_time_s: {self.trial.train.max_time_s:g} s are over after step {self.slot.done} "
+                    f"of {self.slot.steps}"
+                )
             if stepped.stop:
                 self._end("stopped")
                 return

@@ -227,8 +227,7 @@ class Host:
             return
         flags = self.ranks.maximum(*(int(flag) for run, result in steps for flag in run.flags(result)))
         for number, (run, result) in enumerate(steps):
-            diverged, stop, save = map(bool, flags[3 * number : 3 * number + 3])
-            self._go_on(run, Stepped(result, diverged, stop, save))
+            self._go_on(run, Stepped(result, *map(bool, flags[4 * number : 4 * number + 4])))
 
     def _measure(self, slots: list[Slot], beside: int, first: FirstStep) -> None:
         """Take what the first step on a free base says of memory; the largest trial counts.

@@ -38,6 +38,7 @@ from deft_ray.models.base import Base
 from deft_ray.models.routing import CannotShareError, Routing, remove_routing
 from deft_ray.train.batches import Batch, padded_alike
 from deft_ray.train.cost import PassCost, Size
+from deft_ray.train.random_state import Draws
 
 _log = logging.getLogger(__name__)
 
@@ -214,6 +215,9 @@ class Pack:
     def run(self, shares: Sequence[Share]) -> list[Found]:
         """Compute the task loss and the gradient of every share, in one pass.
 
+        Dropout draws from the first share's stream: how much it draws depends on all rows and what they are padded to,
+        so no share of several could draw what it would draw alone.
+
         Args:
             shares: At least one; of different seats.
         """
@@ -226,6 +230,7 @@ class Pack:
             share.penalty.rows, share.penalty.masks = mine, share.batch.masks
         with ExitStack() as stack:
             self._enter(stack, [share.seat for share in shares], rows)
+            stack.enter_context(shares[0].seat.draws.made_global())
             stack.enter_context(self.probe.penalising(*(share.penalty for share in shares)))
             losses = self._losses(shares, rows)
             total = torch.stack([loss * share.scale for loss, share in zip(losses, shares, strict=True)]).sum()
@@ -331,6 +336,10 @@ class Seat:
         head: Its head.
         trainable: What adapter and head train.
         sharded: Whether workers share them out.
+
+    Attributes:
+        scales: Its layer scales, where there are any.
+        draws: What its dropout draws from.
     """
 
     def __init__(
@@ -345,6 +354,7 @@ class Seat:
         self.pack, self.name, self.adapter, self.head, self.sharded = pack, name, adapter, head, sharded
         self.trainable = list(trainable)
         self.scales: LayerScales | None = None
+        self.draws = Draws()
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -1,14 +1,13 @@
 """A slot: the place on a host where one trial trains its own adapter on the shared frozen base.
 
-The trial's random state is torch's global one, seeded when the slot is built: first the head and the adapter are
-initialised, then dropout draws from the same stream on rank 0. So a trial with α = 0 is plain PEFT training. Slots of
-one pack share that stream once they are built.
+The trial's random state is torch's, seeded when the slot is built: first the head and the adapter are initialised, then
+dropout draws from the same stream on rank 0. So a trial with α = 0 is plain PEFT training. The passes that a slot has
+alone draw from a stream of its own, whoever trains beside it; one that slots share draws from the first one's.
 """
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from deft_ray.density.approximations import Approximation, build_approximation
@@ -45,6 +43,7 @@ from deft_ray.train.cost import Size
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.evaluation import Evaluation, Evaluator, Pieces
 from deft_ray.train.pack import Found, Pack, Share
+from deft_ray.train.random_state import Draws, seed_everything, seeded
 from deft_ray.train.ranks import Ranks
 
 #: Layer scales beside a saved adapter: λ by layer.
@@ -205,17 +204,13 @@ class Slot:
         self._order = BatchOrder(
             len(data.train), trial.train.batch_size, trial.seed, lengths if trial.data.grouping == "length" else None
         )
-        before = _random_state() if self.pack.seats else None
-        try:
-            seed_everything(trial.seed)
+        with seeded(trial.seed):
             with ExitStack() as undo:
                 self._build(undo, start)
                 self._undo = undo.pop_all()
-        finally:
-            if before is not None:  # dropout goes on as it was for the slots that are there
-                _restore_random_state(before)
-        if before is None and not ranks.leads:
-            seed_everything(trial.seed * 1_000_003 + ranks.rank)
+            if not ranks.leads:
+                seed_everything(trial.seed * 1_000_003 + ranks.rank)
+            self.seat.draws = Draws()
         self.model.train()
 
     def _build(self, undo: ExitStack, start: Path | None) -> None:
@@ -359,15 +354,14 @@ class Slot:
     def save(self, folder: Path) -> None:
         """Write this rank's part of the trial's state into an empty folder."""
         self.engine.save_checkpoint(str(folder), tag="engine")
-        torch.save({"done": self.done, "random": _random_state()}, folder / f"rank-{self.ranks.rank}.pt")
+        torch.save({"done": self.done, "random": self.seat.draws.state}, folder / f"rank-{self.ranks.rank}.pt")
 
     def load(self, folder: Path) -> None:
-        """Continue from a state that every rank has saved; the random state only where no other slot draws from it."""
+        """Continue from a state that every rank has saved."""
         self.engine.load_checkpoint(str(folder), tag="engine")
         state = torch.load(folder / f"rank-{self.ranks.rank}.pt", weights_only=False)
         self.done = state["done"]
-        if self.pack.seats == [self.seat]:
-            _restore_random_state(state["random"])
+        self.seat.draws.state = state["random"]
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter, and the head where there is one, as PEFT does; plain PEFT opens it.
@@ -506,23 +500,3 @@ def warning_of(deft: DeftSection, kind: str, base: Base) -> str | None:
 def alpha_by_side(deft: DeftSection) -> dict[str, float]:
     """Return the density loss's weight by side."""
     return {"encoder": deft.alpha, "decoder": deft.alpha if deft.alpha_decoder is None else deft.alpha_decoder}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch (CPU and GPU), numpy and random."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])

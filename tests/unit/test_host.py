@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,13 @@ def test_the_end_says_which_activation_was_computed(trial: Trial, serve: Any, ac
     assert (end["status"], end["activation"]) == ("complete", name)
 
 
+def test_the_end_says_what_is_doubtful(trial: Trial, serve: Any) -> None:
+    leaves = {"deft__approximation": "tanh", "deft__beta": 20.0}
+    doubtful, off = (serve(Inbox(trial(train__steps=1, deft__alpha=alpha, **leaves)))[-1] for alpha in (1.0, 0.0))
+    assert doubtful["warning"].startswith("deft.approximation 'tanh' on NewGELUActivation: ")
+    assert off["warning"] is None
+
+
 def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: Trial, serve: Any) -> None:
     """LoRA of rank r on a matrix of m x n has r (m + n) parameters."""
     end = serve(Inbox(trial(train__steps=2, deft__alpha=1.0, deft__adaptive=True, deft__approximation="auto")))[-1]
@@ -166,6 +174,7 @@ def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: 
     assert end["lambda_layers"].keys() == end["density_layers"].keys() == {site.name for site in base.sites}
     assert all(0.0 <= value <= 1.0 for value in end["lambda_layers"].values())
     assert len(set(end["lambda_layers"].values())) > 1, "drawn with noise"
+    assert end["lambda_layers"] == json.loads((Path(end["adapter"]) / "layer_scales.json").read_text())
     stacks = (base.model.encoder, base.model.decoder)  # the output layer has no adapter
     matrices = [m for stack in stacks for m in stack.modules() if isinstance(m, torch.nn.Linear)]
     trained = sum(4 * sum(m.weight.shape) for m in matrices)  # the adapter's, layer scales aside
@@ -254,6 +263,28 @@ def test_a_loss_that_is_no_number_is_a_divergence(trial: Trial, serve: Any, step
     assert [row["status"] for row in ends] == ["diverged", "complete"]
     assert "not finite" in ends[0]["cause"]
     assert "score" not in ends[0]
+
+
+def test_a_trial_that_is_out_of_time_fails_and_the_next_one_runs(trial: Trial, serve: Any) -> None:
+    """Unless it was its last step."""
+    late = trial(trial="t0007", train__steps=4, train__max_time_s=1e-6)
+    rows = serve(Inbox(late, trial(trial="t0008", train__steps=1, train__max_time_s=1e-6)))
+    first, second = (row for row in rows if row["kind"] == "end")
+    assert (first["status"], second["status"]) == ("failed", "complete")
+    assert first["cause"].endswith("TimeoutError: train.max_time_s: 1e-06 s are over after step 1 of 4\n")
+
+
+def test_a_trials_time_is_that_of_all_its_lives(trial: Trial, serve: Any, tmp_path: Path) -> None:
+    spec = trial(train__steps=6, train__checkpoint_every_s=0.0, train__max_time_s=1000.0)
+    with pytest.raises(Killed):
+        serve(Inbox(spec, kill_at=3))
+    (latest,) = tmp_path.glob("**/latest.json")
+    saved = json.loads(latest.read_text())
+    saved["clock"]["train_s"] += 1000.0
+    latest.write_text(json.dumps(saved))
+    end = serve(Inbox(spec))[-1]
+    assert end["status"] == "failed"
+    assert "1000 s are over after step 3 of 6" in end["cause"]
 
 
 def test_a_stopped_trial_ends_after_its_step(trial: Trial, serve: Any) -> None:

@@ -92,7 +92,21 @@ def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
             2,
             "one at a time on each base: prompt tuning changes what all rows attend to",
         ),
-        ({"adapter": {"kind": {"choice": ["lora", "prompt"]}}, "baseline": {"adapter.kind": "lora"}}, 8, None),
+        (
+            {"adapter": {"kind": {"choice": ["lora", "prompt"]}}, "baseline": {"adapter.kind": "lora"}},
+            8,
+            "trials with unlike adapters take turns",
+        ),
+        (
+            {"train": {"steps": 1, "zero_stage": {"choice": [0, 3]}}, "baseline": {"train.zero_stage": 0}},
+            8,
+            "trials with unlike ZeRO stages, of which 3 shares none, take turns",
+        ),
+        (
+            {"train": {"steps": 1, "zero_stage": {"choice": [0, 2]}}, "baseline": {"train.zero_stage": 0}},
+            8,
+            None,
+        ),
         (
             {"train": {"steps": 1, "zero_stage": 3}},
             2,
@@ -115,35 +129,37 @@ def test_slots_of_a_host_and_what_cannot_share_it(sections: dict[str, Any], slot
 
 
 GIB = Footprint(base_gib=2.0, slot_gib=1.0)
+BY_MEMORY, AS_FOUND = "at most, by memory; each host finds out", "at most; each host finds out"
 
 
 @pytest.mark.parametrize(
-    ("machine", "footprint", "slots", "memory"),
+    ("machine", "footprint", "slots", "why", "memory"),
     [
         (
             Machine(8, 0, 24.0),
             GIB,
             2 * 8,
+            BY_MEMORY,
             "about 2 GiB for the base and 1 GiB for each trial at once, on each worker",
         ),
-        (Machine(8, 0, 12.0), GIB, 2 * 3, "; 6 GiB free"),
-        (Machine(8, 0, 3.0), GIB, 2 * 1, "; 1.5 GiB free"),
-        (Machine(8, 2, 3.0, 7.0), GIB, 2 * 4, "; 7 GiB free"),
-        (Machine(8, 0), GIB, 2 * 1, "on each worker\n"),
-        (Machine(8, 0, 24.0), None, 2 * 1, "not told"),
+        (Machine(8, 0, 12.0), GIB, 2 * 3, BY_MEMORY, "; 6 GiB free"),
+        (Machine(8, 0, 3.0), GIB, 2 * 1, BY_MEMORY, "; 1.5 GiB free"),
+        (Machine(8, 2, 3.0, 7.0), GIB, 2 * 4, BY_MEMORY, "; 7 GiB free"),
+        (Machine(8, 0), GIB, 2 * 8, AS_FOUND, "on each worker\n"),
+        (Machine(8, 0, 24.0), None, 2 * 8, AS_FOUND, "not told"),
     ],
 )
 def test_slots_are_expected_by_what_is_free(
-    machine: Machine, footprint: Footprint | None, slots: int, memory: str
+    machine: Machine, footprint: Footprint | None, slots: int, why: str, memory: str
 ) -> None:
-    """Two hosts share a machine's memory; each has a GPU to itself. A tenth is left free."""
+    """Two hosts share a machine's memory; each has a GPU to itself. A tenth is left free. Else it is what hosts take."""
     spec = spec_of(resources={"hosts": 2, "slots_per_host": "auto"})
     plan = build_plan(spec, "runs/try", machine, footprint)
-    assert (plan.slots, plan.packing) == (slots, "at most, by memory; each host finds out")
+    assert (plan.slots, plan.packing) == (slots, why)
     text = format_plan(plan)
-    assert f"; {slots} trials at once (at most, by memory; each host finds out)\n" in text
+    assert f"; {slots} trials at once ({why})\n" in text
     assert memory in text
-    assert planned_packing(plan).startswith(f"{slots} trials at once (at most, by memory; each host finds out) on 2")
+    assert planned_packing(plan).startswith(f"{slots} trials at once ({why}) on 2")
 
 
 def test_what_cannot_share_a_base_has_nothing_to_find_out() -> None:
@@ -154,7 +170,7 @@ def test_what_cannot_share_a_base_has_nothing_to_find_out() -> None:
         "one at a time on each base: prompt tuning changes what all rows attend to",
     )
     heads = plan_of(resources=resources, data={"tasks": ["sst2", "mnli"]}, model={"name": "b", "family": "bert"})
-    assert heads.packing == "at most, by memory; each host finds out; trials with unlike heads take turns"
+    assert heads.packing == "at most; each host finds out; trials with unlike heads take turns"
 
 
 @pytest.mark.parametrize(
