@@ -5,8 +5,11 @@
     python benchmarks/density_loss.py --shape base --parts evaluation --rounds 40        the rest stays as it is stored
 
 Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike.
-A ratio is the median over rounds of the ratio within a round. Needs torch, transformers, peft and, for NF4,
-bitsandbytes; neither Ray nor DeepSpeed.
+A ratio is the median over rounds of the ratio within a round. Needs torch, transformers, peft and bitsandbytes, with or
+without NF4, and nothing else of the project's dependencies: neither Ray nor DeepSpeed.
+
+Rows here have no padding. What batches of like length save is in padding.py, which needs data and a tokenizer: share
+of padding, real tokens per second, and that an example's loss is the same either way.
 """
 
 from __future__ import annotations
@@ -253,8 +256,10 @@ def _layers(trainer: Trainer, side: str) -> int:
 def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, question: int) -> dict[str, Any]:
     """Time evaluations with exact counting and without, in turn: one forward pass, by likelihood, by generation.
 
-    As :mod:`deft_ray.train.evaluation` does it; an answer that is generated is counted while it is written, and the
-    given one, which nobody would pass through the decoder but for its density, is passed and counted beside it.
+    As :mod:`deft_ray.train.evaluation` does it: ``counting`` in a trial's evaluations but the last, and
+    ``counting_with_map``, which notes the neurons that are ever non-zero too, in the last. An answer that is generated
+    is counted while it is written, and the given one, which nobody would pass through the decoder but for its density,
+    is passed and counted beside it.
     """
     probe, batch, model = DensityProbe(trainer.sites), trainer.batch, trainer.model.eval()
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -292,35 +297,36 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
             tokens = generate(model, encoded, asked, length, cache, first_tokens(model, logits, cache))
         written.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=device))
 
-    def with_counts(action: Callable[[DensityCounts | None], None]) -> None:
-        counts = DensityCounts.empty(probe.names, device)
+    def with_counts(action: Callable[[DensityCounts | None], None], feature_map: bool) -> None:
+        counts = DensityCounts.empty(probe.names, device, feature_map=feature_map)
         action(counts)
         counts.density()
+        counts.density_feature_map()
 
+    figures = {}
     with torch.no_grad():
-        ways = {action.__name__: action for action in (forward, likelihood, generation)}
-        figures = {
-            name: _counting_over_plain(partial(with_counts, action), partial(action, None), device, rounds)
-            for name, action in ways.items()
-        }
+        for action in (forward, likelihood, generation):
+            ways = {
+                "plain": partial(action, None),
+                "counting": partial(with_counts, action, False),
+                "counting_with_map": partial(with_counts, action, True),
+            }
+            figures[action.__name__] = _over_plain(ways, device, rounds)
     probe.remove()
     trainer.model.train()
     return figures
 
 
-def _counting_over_plain(
-    counting: Callable[[], None], plain: Callable[[], None], device: torch.device, rounds: int
-) -> dict[str, Any]:
-    times: dict[str, list[float]] = {"plain": [], "counting": []}
+def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Time the ways in turn; each one but ``plain`` over that one too."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, action in (("plain", plain), ("counting", counting)):
+        for name, action in ways.items():
             seconds = timed(action, device)
-            if number:
+            if number:  # the first round warms up
                 times[name].append(seconds)
-    return {
-        "s": {name: summary(values) for name, values in times.items()},
-        "counting_over_plain": ratio(times["counting"], times["plain"]),
-    }
+    over = {f"{name}_over_plain": ratio(times[name], times["plain"]) for name in ways if name != "plain"}
+    return {"s": {name: summary(values) for name, values in times.items()}, **over}
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float | int]:

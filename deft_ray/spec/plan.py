@@ -60,8 +60,8 @@ class Plan:
         space: Searched leaves and their domains.
         hosts: Worker groups.
         workers: Workers of a host.
-        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit, or as a host takes
-            at most where that cannot be told; hosts may find fewer to be enough.
+        slots: Trials that train at once; with ``slots_per_host: auto`` as many as are expected to fit, or as
+            hosts take at most where that cannot be told; hosts may find fewer to be enough.
         packing: Why fewer share a base than were asked for, when they take turns, or that hosts find out how many; None
             where there is nothing to say.
         footprint: What a worker's memory is expected to be asked for; None where the model's files are not here.

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from tests.integration.sweeps import ROOT, mlflow_runs, records, sweep
-from tests.tiny import write_glue, write_squad, write_tiny_bert, write_tiny_roberta, write_tiny_t5
+from tests.tiny import (
+    write_cifar10,
+    write_glue,
+    write_squad,
+    write_tiny_bert,
+    write_tiny_gpt2,
+    write_tiny_opt,
+    write_tiny_roberta,
+    write_tiny_t5,
+    write_tiny_vit,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, when its database is read
 
@@ -23,11 +34,19 @@ SHRUNK = (
     "dial.calibration_examples=6",
 )
 
+#: Published setting: (tiny model in its place, task, activation, approximation).
+OTHERS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
+    "vit_base_adapter": (write_tiny_vit, "cifar10", "GELUActivation", "l0"),
+    "gpt2_adapter": (write_tiny_gpt2, "sst2", "NewGELUActivation", "l0"),
+    "opt_125m_lora": (write_tiny_opt, "sst2", "ReLU", "tanh"),
+}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_glue(folder)
+    write_cifar10(folder)
     return write_squad(folder)
 
 
@@ -86,3 +105,20 @@ def test_a_published_setting_runs_to_the_end_with_the_authors_head_and_bottlenec
         assert shapes["classifier.dense.weight"] == [64, 64]
         assert shapes["classifier.out_proj.weight"] == [2, 64]
         assert json.loads((Path(record["adapter"]) / "adapter_config.json").read_text())["reads"] == "sum"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_published_setting_of_the_other_families_runs_to_the_end(name: str, data: Path, tmp_path: Path) -> None:
+    write, task, activation, approximation = OTHERS[name]
+    model, output = write(tmp_path / "model"), tmp_path / "run"
+    local = overrides(*SHRUNK[:-1], f"model.name={model}", f"data.dir={data}", "search.seeds=[42]")
+    done = sweep(ROOT / "search_spaces" / "paper" / f"{name}.yaml", output, *local)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(output)
+    assert sorted(record["baseline"] for record in found) == [False, True]
+    for record in found:
+        assert (record["task"], record["status"], record["steps"]) == (task, "complete", 2)
+        assert (record["activation"], record["approximation"]) == (activation, approximation)
+        assert 0 < record["density"] < 1
+        assert (Path(record["adapter"]) / "adapter_model.safetensors").is_file()

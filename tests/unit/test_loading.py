@@ -81,6 +81,11 @@ def test_a_number_may_be_written_as_people_write_it(tmp_path: Path, text: str) -
     assert load(tmp_path, f"{HEAD}deft: {{epsilon: {text}}}\n").deft.epsilon == 1e-7
 
 
+@pytest.mark.parametrize("epsilon", [1e-9, 1.0])
+def test_epsilon_may_be_at_either_end(tmp_path: Path, epsilon: float) -> None:
+    assert load(tmp_path, f"{HEAD}deft: {{epsilon: {epsilon}}}\n").deft.epsilon == epsilon
+
+
 def test_whole_numbers_stay_whole_and_quotes_stay_texts(tmp_path: Path) -> None:
     spec = load(tmp_path, HEAD + "tracking: {experiment: '1e-7'}\nsearch: {seeds: [0, 7]}\n")
     assert spec.tracking.experiment == "1e-7"

@@ -41,6 +41,14 @@ def test_the_defaults_are_those_of_the_schema() -> None:
     assert deft.alpha_decoder is None
     assert ROWS["warm-up, weight decay, clipping"].startswith("6 %, 0, at 1;")
     assert (train.warmup_share, train.weight_decay, train.max_grad_norm) == (0.06, 0.0, 1.0)
+    assert ROWS["virtual tokens of prefix and prompt"].startswith("60;")
+    assert adapter.virtual_tokens == 60
+    assert ROWS["learning rates"].startswith("3e-4;")
+    assert train.learning_rate == 3e-4
+    assert ROWS["which epoch is reported"].startswith("the last: a trial is evaluated once, at its end;")
+    assert train.evaluations == 1
+    assert "at the adapter's own, 0.8 would need thousands of steps" in ROWS["how λ comes to 0"]
+    assert (deft.lambda_init, deft.lambda_noise) == (0.8, 0.05)
     assert ROWS["length of a batch's rows"].startswith("of like length together, to the longest;")
     assert (data.padding, data.grouping) == ("longest", "length")
 
@@ -50,6 +58,8 @@ def test_the_published_settings_have_what_the_page_says_of_them(file: Path) -> N
     spec = yaml.safe_load(file.read_text())
     assert spec["search"]["seeds"] == [42, 43, 44]
     assert spec["deft"]["count_padding"] is True or spec["model"]["family"] == "vit"
+    if spec["adapter"]["kind"] in ("prefix", "prompt"):
+        assert spec["adapter"]["virtual_tokens"] == (50 if spec["model"]["family"] == "bert" else 60)
 
 
 def test_as_many_shares_are_met_as_the_page_says() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from deft_ray.spec.catalog import PUBLISHED_ADAPTERS, PublishedAdapter
+from deft_ray.spec.domains import Domain
 from deft_ray.spec.loading import load_spec
 from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import build_plan
 
 FOLDER = Path(__file__).parents[2] / "search_spaces" / "paper"
+APPROXIMATIONS = ("tanh", "l0", "sigmoid", "l1", "l2")
 GLUE = {"mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"}
 
 #: File: (tasks, sampled points a task and seed, batch size, learning rate), from Runwal et al. (arXiv:2402.01911).
@@ -45,12 +47,14 @@ def test_each_is_checked_and_planned(stem: str) -> None:
     plan = build_plan(spec, "runs/paper", machine)
 
     assert set(spec.data.tasks) == tasks
+    assert spec.space == ({"deft.approximation": Domain("choice", APPROXIMATIONS)} if points == 5 else {})
     assert len(spec.search.seeds) == 3
     assert (plan.baselines, plan.sampled) == (3 * len(tasks), 3 * len(tasks) * points)
     assert (spec.train.batch_size, spec.train.learning_rate, spec.train.epochs) == (batch_size, learning_rate, 10)
     assert spec.deft.alpha == 1.0
     assert spec.deft.count_padding
     assert spec.deft.adaptive == stem.startswith("ada_")
+    assert not spec.deft.adaptive or (spec.deft.lambda_init, spec.deft.lambda_noise) == (0.8, 0.05)
     qlora = stem.endswith("qlora")
     assert (spec.model.quantization, spec.train.optimizer) == (("nf4", "paged_adamw") if qlora else ("none", "adamw"))
     assert not qlora or (spec.model.double_quant, spec.model.dtype) == (True, "bfloat16")
@@ -58,7 +62,7 @@ def test_each_is_checked_and_planned(stem: str) -> None:
     kinds = {"qlora": "lora", "adapter": "bottleneck", "approximations": "bottleneck"}
     assert spec.adapter.kind == kinds.get(last, last)
     relu = stem.startswith(("bert", "t5", "opt"))
-    assert spec.deft.approximation == ("tanh" if relu else "l0") or points == 4
+    assert spec.deft.approximation == ("tanh" if relu else "l0")
     assert (spec.deft.beta if relu else spec.deft.epsilon) == (20.0 if relu else 1e-7)
 
 

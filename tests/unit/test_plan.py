@@ -152,7 +152,7 @@ BY_MEMORY, AS_FOUND = "at most, by memory; each host finds out", "at most; each 
 def test_slots_are_expected_by_what_is_free(
     machine: Machine, footprint: Footprint | None, slots: int, why: str, memory: str
 ) -> None:
-    """Two hosts share a machine's memory; each has a GPU to itself. A tenth is left free. Else it is what hosts take."""
+    """Two hosts share a machine's memory; each has a GPU to itself. A tenth is left. Else it is what hosts take."""
     spec = spec_of(resources={"hosts": 2, "slots_per_host": "auto"})
     plan = build_plan(spec, "runs/try", machine, footprint)
     assert (plan.slots, plan.packing) == (slots, why)

@@ -6,12 +6,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
@@ -331,6 +336,65 @@ def test_micro_batches_with_their_share_add_up_to_the_whole_batch(sizes: tuple[i
     added = {name: parameter.grad for name, parameter in parts.named_parameters() if parameter.grad is not None}
     plain = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
     assert_gradients_close({name: plain[name] + grad for name, grad in added.items()}, want, 2e-6)
+
+
+#: Kind of block, and how it is computed again.
+DISTRIBUTED = list(product((KINDS[0], KINDS[5]), ("none", "non-reentrant")))
+ALPHAS = {"encoder": 1.5, "decoder": 4.0}
+
+
+def four_rows(kind: Kind) -> tuple[TwoStacks, tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """Model, inputs and masks; of the real tokens the first two rows have 13 and 3, by side, the others 3 and 9."""
+    torch.manual_seed(5)
+    model = TwoStacks(6, 10, 2, 3, kind=kind)
+    inputs = torch.randn(4, 7, 6), torch.randn(4, 5, 6)
+    lengths = torch.tensor([7, 6, 1, 2]), torch.tensor([1, 2, 5, 4])
+    masks = {
+        side: (torch.arange(x.shape[1]) < length.unsqueeze(1)).long()
+        for side, x, length in zip(("encoder", "decoder"), inputs, lengths, strict=True)
+    }
+    return model, inputs, masks
+
+
+def two_rows(
+    rank: int, inputs: tuple[Tensor, Tensor], masks: dict[str, Tensor]
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """The inputs and masks of one process."""
+    rows = slice(2 * rank, 2 * rank + 2)
+    return (inputs[0][rows], inputs[1][rows]), {side: mask[rows] for side, mask in masks.items()}
+
+
+def train_two_rows(rank: int, folder: Path) -> None:
+    """One of two processes: leave the gradients that torch has averaged."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = []
+    for kind, recompute in DISTRIBUTED:
+        model, inputs, masks = four_rows(kind)
+        inputs, mine = two_rows(rank, inputs, masks)
+        weights = {side: 2 * ALPHAS[side] * int(mine[side].sum()) / int(masks[side].sum()) for side in masks}
+        model = twin(model, recompute)
+        probe, parallel = DensityProbe(model.sites, fused=kind.fused), DistributedDataParallel(model)
+        with probe.penalising(Penalty(WIDE, weights, mine)):
+            parallel(*inputs).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.save(found, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_their_share_average_to_the_whole_batch(tmp_path: Path) -> None:
+    """By torch's own DistributedDataParallel, where ranks have unlike numbers of real tokens."""
+    spawn(train_two_rows, args=(tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    for place, (kind, _) in enumerate(DISTRIBUTED):
+        model, inputs, masks = four_rows(kind)
+        want = reference(twin(model), inputs, "l0", ALPHAS, masks)
+        assert_gradients_close(first[place], want, 2e-6)
+        assert all(torch.equal(second[place][name], grad) for name, grad in first[place].items())
+        halves = [two_rows(rank, inputs, masks) for rank in range(2)]
+        alone = [reference(twin(model), half, "l0", ALPHAS, mine) for half, mine in halves]
+        unweighed = {name: sum(grads[name] for grads in alone) / 2 for name in want}
+        assert max(apart(unweighed[name], grad) for name, grad in want.items()) > 0.01, "the shares have to matter"
 
 
 def test_measured_density_is_the_mean_over_layers_of_real_tokens() -> None:

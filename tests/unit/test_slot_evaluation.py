@@ -139,6 +139,7 @@ def test_generated_answers_as_plain_peft_generates_them(
     assert said == 2 * texts, "scored together, then each by itself"
     assert len(set(texts)) > 1 or sum(points) > 0, "an untrained model's one answer would prove nothing"
     assert found.scores[next(iter(found.scores))] == pytest.approx(sum(points) / 14, abs=1e-6)
+    assert found.scores["exact_match"] == pytest.approx(sum(point == 1.0 for point in points) / 14, abs=1e-6)
 
 
 @pytest.mark.parametrize(
