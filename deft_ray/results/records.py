@@ -76,7 +76,8 @@ class Record:
         peak_memory_gib: Peak memory of the fullest worker since its base was last without a trial.
         packing: ``slots``, trials that its host took at once by then; ``passes`` of the trial's micro-batches, of
             them ``shared`` with other trials; of these ``part_s``, its part of their seconds, beside ``alone_s``, what
-            they would have taken alone by what the host has learnt of passes.
+            they would have taken alone by what the host has learnt of passes, and ``tokens`` of its rows, beside the
+            ``padding`` that they got as others were longer.
         host_memory_gib: What its host measured at the first step on a base that was free before: taken by the
             ``base`` before, by a trial at its longest (``slot``), and ``free`` beside the base; empty before that.
         adapter: URI or path of the saved adapter.

@@ -230,12 +230,15 @@ def packing(records: Iterable[Record]) -> str:
     """Say how many trials hosts trained at once, and what passes that they shared have saved; nothing with one."""
     found = [record.packing for record in records if record.packing]
     most = max((int(mine.get("slots", 1)) for mine in found), default=1)
-    passes, shared, part_s, alone_s = (
-        sum(mine.get(key, 0.0) for mine in found) for key in ("passes", "shared", "part_s", "alone_s")
+    passes, shared, part_s, alone_s, tokens, padding = (
+        sum(mine.get(key, 0.0) for mine in found)
+        for key in ("passes", "shared", "part_s", "alone_s", "tokens", "padding")
     )
     if most < 2:
         return ""
     told = f"up to {most} trials at once on a host; {shared / max(passes, 1):.0%} of {passes:,.0f} passes were shared"
+    if tokens:
+        told += f", with {padding / tokens:.1%} of padding to each other's length"
     if not alone_s:
         return told
     saved = f"{alone_s - part_s:,.0f} s of passes saved" if alone_s >= part_s else f"{part_s - alone_s:,.0f} s lost"

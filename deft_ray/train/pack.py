@@ -37,7 +37,7 @@ from deft_ray.models.adapters import (
 from deft_ray.models.base import Base
 from deft_ray.models.routing import CannotShareError, Routing, remove_routing
 from deft_ray.train.batches import Batch, padded_alike
-from deft_ray.train.cost import PassCost, Size
+from deft_ray.train.cost import PassCost, Size, tokens_of
 from deft_ray.train.random_state import Draws
 
 _log = logging.getLogger(__name__)
@@ -78,11 +78,15 @@ class Found:
         beside: Slots in the pass.
         part_s: Seconds of the pass that are its own, where it was shared and it is known what passes cost; else 0.
         alone_s: Seconds that a pass of its own would have taken, as far as that is known; else 0.
+        tokens: Tokens of its rows, where the pass was shared; else 0.
+        padding: Tokens that its rows were padded with beyond those, as others were longer.
     """
 
     loss: Tensor
     gradients: list[Tensor | None]
     beside: int = 1
+    tokens: int = 0
+    padding: int = 0
     part_s: float = 0.0
     alone_s: float = 0.0
 
@@ -283,12 +287,21 @@ class Pack:
         found = self.run(shares)
         seconds, sizes = _clock() - began, [share.size for share in shares]
         self.cost.add(sizes, seconds)
+        if len(shares) < 2:
+            return found
         alone = [self.cost.alone_s(size) or 0.0 for size in sizes]
-        if len(shares) < 2 or not sum(alone):
-            return [replace(mine, beside=len(shares)) for mine in found]
+        part = seconds / sum(alone) if sum(alone) else 0.0
+        padded = tokens_of(sizes) / sum(size.rows for size in sizes)
         return [
-            replace(mine, beside=len(shares), part_s=seconds * its / sum(alone), alone_s=its)
-            for mine, its in zip(found, alone, strict=True)
+            replace(
+                mine,
+                beside=len(shares),
+                part_s=part * its,
+                alone_s=its if part else 0.0,
+                tokens=tokens_of([size]),
+                padding=round(padded) * size.rows - tokens_of([size]),
+            )
+            for mine, its, size in zip(found, alone, sizes, strict=True)
         ]
 
     @contextmanager

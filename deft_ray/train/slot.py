@@ -78,12 +78,16 @@ class Packed:
         shared: Of them with other slots.
         part_s: Its part of the seconds of those of which ``alone_s`` is known.
         alone_s: Seconds that they would have taken alone, by what the host has learnt of passes.
+        tokens: Tokens of its rows in shared passes.
+        padding: What these were padded with beyond that, as others were longer.
     """
 
     passes: int = 0
     shared: int = 0
     part_s: float = 0.0
     alone_s: float = 0.0
+    tokens: int = 0
+    padding: int = 0
 
     def add(self, found: Found) -> None:
         """Count a pass."""
@@ -91,6 +95,8 @@ class Packed:
         self.shared += found.beside > 1
         self.part_s += found.part_s
         self.alone_s += found.alone_s
+        self.tokens += found.tokens
+        self.padding += found.padding
 
 
 @dataclass

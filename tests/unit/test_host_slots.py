@@ -399,19 +399,34 @@ def test_what_of_its_passes_a_trial_shared_is_in_its_record(
     mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a pass of two that takes three seconds, where either alone would take two: one and a half each."""
+    brought: list[Sequence[Size]] = []
+
+    def together(_cost: PassCost, sizes: Sequence[Size]) -> list[list[int]]:
+        brought.append(sizes)
+        return [list(range(len(sizes)))]
+
+    monkeypatch.setattr(PassCost, "groups", together)
     times = iter(range(0, 10**6, 3))
     monkeypatch.setattr("deft_ray.train.pack._clock", lambda: float(next(times)))
     monkeypatch.setattr(PassCost, "alone_s", lambda _cost, _size: 2.0)
     plain = [
         mixed[place].model_copy(
-            update={"trial": f"p{place}", "train": mixed[place].train.model_copy(update={"evaluations": 1})}
+            update={"train": mixed[place].train.model_copy(update={"evaluations": 1, "steps": steps})}
         )
-        for place in (0, 2)
+        for place, steps in ((0, 6), (4, 9))
     ]
     inbox = serve(Inbox(*plain), 2)
     short, long = (end_of(inbox, trial)["packing"] for trial in plain)
-    assert short == {"slots": 2, "passes": 6, "shared": 6, "part_s": 9.0, "alone_s": 12.0}
-    assert long == {"slots": 2, "passes": 9, "shared": 6, "part_s": 9.0, "alone_s": 12.0}
+    shared = [sizes for sizes in brought if len(sizes) == 2]
+    own = [sum(sizes[place].rows * (sizes[place].source + sizes[place].target) for sizes in shared) for place in (0, 1)]
+    longest = [max(size.source for size in sizes) + max(size.target for size in sizes) for sizes in shared]
+    all_in = [sum(s[place].rows * length for s, length in zip(shared, longest, strict=True)) for place in (0, 1)]
+    for found, passes, mine, whole in zip((short, long), (6, 9), own, all_in, strict=True):
+        assert found == {
+            "slots": 2, "passes": passes, "shared": 6, "part_s": 9.0, "alone_s": 12.0, "tokens": mine,
+            "padding": whole - mine,
+        }  # fmt: skip
+    assert short["padding"] + long["padding"] > 0
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["gpu", "cpu"])

@@ -100,6 +100,9 @@ def test_what_packing_saved_is_told(tmp_path: Path) -> None:
     told = "- Packing: up to 4 trials at once on a host; 80% of 100 passes were shared, in 23 s where 46 s are expected"
     assert f"{told} one by one (23 s of passes saved)" in report(tmp_path, [*alone, *shared])
     assert "Packing" not in report(tmp_path, alone)
+    padded = [packed("t5", slots=2, passes=20, shared=20, part_s=4.0, alone_s=5.0, tokens=800, padding=100)]
+    told = "100% of 20 passes were shared, with 12.5% of padding to each other's length, in 4 s"
+    assert told in report(tmp_path, padded)
     worse = [packed("t3", slots=2, passes=20, shared=20, part_s=7.0, alone_s=5.0)]
     assert "in 7 s where 5 s are expected one by one (2 s lost)" in report(tmp_path, worse)
     unknown = [packed("t4", slots=2, passes=20, shared=2, part_s=0.0, alone_s=0.0)]
