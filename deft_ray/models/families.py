@@ -172,9 +172,14 @@ def residual_stream(family: Family, config: Any) -> tuple[str, str | None]:
 
 def activation_name(sites: list[Site]) -> str:
     """Name the activation function, as exact zeros depend on it: the class name of the activation module."""
-    return type(sites[0].module).__name__
+    return type(_activation(sites[0])).__name__
 
 
 def activation_is_nonnegative(sites: list[Site]) -> bool:
     """Tell whether no activation can be below zero, as after a ReLU; GELU's can."""
-    return all(isinstance(site.module, nn.ReLU | nn.ReLU6 | ReLUSquaredActivation) for site in sites)
+    return all(isinstance(_activation(site), nn.ReLU | nn.ReLU6 | ReLUSquaredActivation) for site in sites)
+
+
+def _activation(site: Site) -> nn.Module:
+    """The model's own activation, whatever stands in for it while slots train."""
+    return site.module.stock if isinstance(site.module, MlpActivation) else site.module
