@@ -19,8 +19,10 @@ from torch import Tensor
 from deft_ray.models.base import Base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.tasks.encoding import Example
+from deft_ray.train.cost import PassCost, Size
 from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.host import load_task
+from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from tests.plain_peft import PlainCounts
@@ -80,6 +82,15 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     assert got.keys() == want.keys()
     scale = max(float(tensor.abs().max()) for tensor in want.values())
     return float(torch.stack([(got[name] - want[name]).abs().max() for name in want]).max()) / scale  # NaN stays NaN
+
+
+def learnt_apart(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """How far apart two trials have come: length of the difference of LoRA's B, which begins at zero, over its own."""
+    assert got.keys() == want.keys()
+    mine, other = (
+        torch.cat([tensor.reshape(-1) for name, tensor in left.items() if "lora_B" in name]) for left in (got, want)
+    )
+    return float((mine - other).norm() / other.norm())
 
 
 def check_resumed(open_same: Callable[[], Slot], folder: Path) -> None:
@@ -159,6 +170,24 @@ def counted_passes(slot: Slot) -> Iterator[Counter[str]]:
             hook = output.register_forward_pre_hook(lambda *_, name=site.name: passes.update([name]))
             stack.callback(hook.remove)
         yield passes
+
+
+def all_in_one_pass(_cost: PassCost, sizes: Sequence[Size]) -> list[list[int]]:
+    """Stands in for :meth:`PassCost.groups`: one pass for all slots."""
+    return [list(range(len(sizes)))] if sizes else []
+
+
+def counted_slots(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that fills with the number of slots of each training pass from now on."""
+    found: list[int] = []
+    run_pass = Pack.run
+
+    def counted(pack: Pack, shares: Sequence[Share]) -> list[Found]:
+        found.append(len(shares))
+        return run_pass(pack, shares)
+
+    monkeypatch.setattr(Pack, "run", counted)
+    return found
 
 
 def soft_density(act: Tensor) -> Tensor:
