@@ -62,7 +62,7 @@ def gradient_by_backward(slot: Slot) -> dict[str, Tensor]:
     """Gradient of a step by ``backward()``: the reentrant kind takes nothing else; a slot has the other kind."""
     for place in range(slot.accumulation):
         share = slot.share(measure=False)
-        with slot.probe.penalising(share.penalty):
+        with slot.seat.draws.made_global(), slot.probe.penalising(share.penalty):
             (slot.model(**share.batch.inputs).loss * share.scale).backward()
         assert slot._step is not None
         slot._step.done = place + 1
