@@ -5,8 +5,9 @@
     python benchmarks/density_loss.py --shape base --parts evaluation --rounds 40        the rest stays as it is stored
 
 Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike.
-A ratio is the median over rounds of the ratio within a round. Needs torch, transformers, peft and bitsandbytes, with or
-without NF4, and nothing else of the project's dependencies: neither Ray nor DeepSpeed.
+A ratio is the median over rounds of the ratio within a round: by the clock and, where its name ends in ``cpu_s``, by
+the seconds in which this process computes, which other work on a machine touches less. Needs torch, transformers, peft
+and bitsandbytes, with or without NF4, and nothing else of the project's dependencies: neither Ray nor DeepSpeed.
 
 Rows here have no padding. What batches of like length save is in padding.py, which needs data and a tokenizer: share
 of padding, real tokens per second, and that an example's loss is the same either way.
@@ -193,11 +194,19 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def timed_twice(action: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds that an action takes by the clock, and in which this process computes, on all its threads."""
+    began = time.process_time()
+    seconds = timed(action, device)
+    return seconds, time.process_time() - began
+
+
 def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[str, Any]:
     """Time every way under every kind of checkpointing, in turn."""
     figures: dict[str, Any] = {}
     for kind in CHECKPOINTING:
         times: dict[str, list[float]] = {name: [] for name in WAYS}
+        computing: dict[str, list[float]] = {name: [] for name in WAYS}
         peaks: dict[str, float] = {}
         with trainer.checkpointing(kind):
             for number in range(rounds + 1):
@@ -205,14 +214,18 @@ def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[s
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats()
                     with trainer.using(way) as forward:
-                        seconds = timed(lambda forward=forward: trainer.step(forward), device)
+                        seconds, cpu_s = timed_twice(lambda forward=forward: trainer.step(forward), device)
                     if number:  # the first round warms up
                         times[name].append(seconds)
+                        computing[name].append(cpu_s)
                     if device.type == "cuda":
                         peaks[name] = torch.cuda.max_memory_allocated() / 2**30
         figures[kind] = {
             "step_s": {name: summary(values) for name, values in times.items()},
             "over_alpha_0": {name: ratio(times[name], times[without]) for name, without in OVER_ALPHA_0.items()},
+            "over_alpha_0_cpu_s": {
+                name: ratio(computing[name], computing[without]) for name, without in OVER_ALPHA_0.items()
+            },
             "fused_deft_over_stock_peft": ratio(times["fused_deft"], times["peft"]),
             **({"peak_memory_gib": peaks} if peaks else {}),
         }
@@ -320,13 +333,18 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
 def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, Any]:
     """Time the ways in turn; each one but ``plain`` over that one too."""
     times: dict[str, list[float]] = {name: [] for name in ways}
+    computing: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, action in ways.items():
-            seconds = timed(action, device)
+            seconds, cpu_s = timed_twice(action, device)
             if number:  # the first round warms up
                 times[name].append(seconds)
+                computing[name].append(cpu_s)
     over = {f"{name}_over_plain": ratio(times[name], times["plain"]) for name in ways if name != "plain"}
-    return {"s": {name: summary(values) for name, values in times.items()}, **over}
+    by_cpu = {
+        f"{name}_over_plain_cpu_s": ratio(computing[name], computing["plain"]) for name in ways if name != "plain"
+    }
+    return {"s": {name: summary(values) for name, values in times.items()}, **over, **by_cpu}
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float | int]:
