@@ -283,8 +283,10 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
     mask, masks = source["attention_mask"].repeat_interleave(CLASSES, dim=0), trainer.masks
     is_gold = (torch.arange(len(answers), device=device) % CLASSES == 0).long().unsqueeze(1).expand_as(answers)
 
-    def counted(counts: DensityCounts | None, masks: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        return nullcontext() if counts is None else probe.counting(counts, masks)
+    def counted(
+        counts: DensityCounts | None, masks: Mapping[str, Tensor], there: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[None]:
+        return nullcontext() if counts is None else probe.counting(counts, masks, there)
 
     def forward(counts: DensityCounts | None) -> None:
         with counted(counts, masks):
@@ -293,7 +295,7 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
     def likelihood(counts: DensityCounts | None) -> None:
         with counted(counts, masks):
             encoded = encode(model, source)
-        with counted(counts, {"decoder": is_gold}):
+        with counted(counts, {"decoder": is_gold}, {"decoder": is_gold}):
             decode(model, encoded.last_hidden_state.repeat_interleave(CLASSES, dim=0), mask, answers)
 
     def generation(counts: DensityCounts | None) -> None:

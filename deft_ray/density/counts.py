@@ -50,6 +50,9 @@ def count_row(
     there_N = torch.ones_like(mask_N) if there_BT is None else there_BT.reshape(-1).to(torch.float64)
     require_rows(act_NF, mask_N)
     require_rows(act_NF, there_N)
+    if there_BT is not None and act_NF.device.type == "cpu":  # a GPU would have to wait to know how many these are
+        asked_N = there_N > 0.0
+        act_NF, mask_N, there_N = act_NF[asked_N], mask_N[asked_N], there_N[asked_N]
     counts_KN = torch.empty(1 + len(TAUS), act_NF.shape[0], dtype=torch.float32, device=act_NF.device)
     real_N = mask_N.float()
     buffers: tuple[Tensor, Tensor] | None = None
