@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ class Entry:
 
     Args:
         trial: Its TrialSpec as JSON text.
-        steps: How many it is to train, where that is known.
         state: ``waiting``, ``running`` or ``ended``.
         host: Who has it.
         attempt: Counts from 1; rows of an older attempt are dropped.
@@ -27,18 +26,11 @@ class Entry:
     """
 
     trial: str
-    steps: int | None = None
     state: str = "waiting"
     host: str | None = None
     attempt: int = 0
     cancelled: bool = False
     rows: list[Row] = field(default_factory=list)
-
-    @property
-    def left(self) -> float:
-        """Share of its steps that are still to be trained, as far as its rows tell; of known steps only."""
-        assert self.steps is not None
-        return 1.0 - max((row.get("step", 0) for row in self.rows), default=0) / self.steps
 
 
 class Board:
@@ -52,10 +44,10 @@ class Board:
         self._lives: dict[str, int] = {}
         self._asking: set[tuple[str, int]] = set()
 
-    def submit(self, trial: str, spec: str, steps: int | None = None) -> None:
+    def submit(self, trial: str, spec: str) -> None:
         """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again."""
         if trial not in self.entries:
-            self.entries[trial] = Entry(spec, steps)
+            self.entries[trial] = Entry(spec)
             self._waiting.append(trial)
             self._abandon_waiting()
 
@@ -70,9 +62,7 @@ class Board:
             TrialSpec as JSON, attempt, and whether it must have the host to itself: at its last attempt, so that it is
             known who it is that costs hosts. None if no trial waits.
         """
-        if not self._waiting or life != self._lives.get(host, 0):
-            return None
-        if self._is_another_freer(host) or self._are_others_done_sooner(host):
+        if not self._waiting or life != self._lives.get(host, 0) or self._is_another_freer(host):
             return None
         entry = self.entries[self._waiting[0]]
         apart = entry.attempt + 1 >= MAX_ATTEMPTS
@@ -90,16 +80,6 @@ class Board:
         asking = {other for other, life in self._asking if life == self._lives.get(other, 0)}
         held = Counter(entry.host for entry in self.entries.values() if entry.state == "running")
         return any(held[other] < held[host] for other in asking)
-
-    def _are_others_done_sooner(self, host: str) -> bool:
-        """Whether a host that trains had better leave the last trials to others that do, and have less left to do."""
-        running = [entry for entry in self.entries.values() if entry.state == "running"]
-        if any(entry.steps is None for entry in running):
-            return False
-        left = defaultdict[str | None, float](float)
-        for entry in running:
-            left[entry.host] += entry.left
-        return host in left and len(self._waiting) <= sum(other < left[host] for other in left.values())
 
     def give_back(self, trial: str, attempt: int) -> None:
         """A host has no room for a trial that it has claimed: it waits again, at the front, as if it had not."""

@@ -24,9 +24,9 @@ class Dispatcher:
         self._predictions: dict[str, dict[str, list[float]]] = {}
         self._slots: dict[str, int] = {}
 
-    async def submit(self, trial: str, spec: str, steps: int | None = None) -> None:
+    async def submit(self, trial: str, spec: str) -> None:
         """Queue a trial."""
-        await self._change(lambda: self._board.submit(trial, spec, steps))
+        await self._change(lambda: self._board.submit(trial, spec))
 
     async def claim(self, host: str, life: int, wait: bool) -> tuple[str, int, bool] | str:
         """Find a trial for a host, or wait for one: as of :meth:`Board.claim`, or ``wait``, or ``closed``."""

@@ -50,7 +50,7 @@ class ScheduleSearcher(_StaysHere, Searcher):
         if trial is Nothing.MORE:
             return str(Searcher.FINISHED)
         assert isinstance(trial, TrialSpec)
-        return {"trial": trial.trial, "spec": trial.model_dump_json(), "steps": trial.train.steps}
+        return {"trial": trial.trial, "spec": trial.model_dump_json()}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Accept whatever Tune says: objectives and space come from the schedule."""
@@ -133,7 +133,7 @@ def build_trainable(dispatcher: Any, resources: dict[str, float]) -> Any:
 
     def trial(config: dict[str, Any]) -> None:
         name = config["trial"]
-        ray.get(dispatcher.submit.remote(name, config["spec"], config["steps"]))
+        ray.get(dispatcher.submit.remote(name, config["spec"]))
         seen, held = 0, []
         while True:
             rows = ray.get(dispatcher.rows.remote(name, seen))

@@ -291,7 +291,7 @@ class Pack:
             return found
         alone = [self.cost.alone_s(size) or 0.0 for size in sizes]
         part = seconds / sum(alone) if sum(alone) else 0.0
-        padded = tokens_of(sizes) / sum(size.rows for size in sizes)
+        longest = tokens_of(sizes) // sum(size.rows for size in sizes)
         return [
             replace(
                 mine,
@@ -299,7 +299,7 @@ class Pack:
                 part_s=part * its,
                 alone_s=its if part else 0.0,
                 tokens=tokens_of([size]),
-                padding=round(padded) * size.rows - tokens_of([size]),
+                padding=longest * size.rows - tokens_of([size]),
             )
             for mine, its, size in zip(found, alone, sizes, strict=True)
         ]

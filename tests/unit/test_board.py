@@ -61,54 +61,6 @@ def test_a_trial_that_loses_its_hosts_again_and_again_has_failed() -> None:
     assert board.rows("a", 0) == [{"kind": "end", "status": "failed", "cause": cause, "time": 7.0}]
 
 
-def two_busy_hosts(steps: int | None = 100) -> Board:
-    """Of two hosts with two trials each, h1 is nearly done; one trial waits."""
-    board = Board()
-    for host in ("h0", "h1"):
-        board.release(host, "first start", now=0.0)
-    for name in "abcde":
-        board.submit(name, name, steps)
-    for host, trial, step in (("h0", "a", 10), ("h1", "b", 80), ("h0", "c", 20), ("h1", "d", 90)):
-        assert claimed(board, host, 1) == (trial, 1)
-        board.add_row(trial, 1, {"kind": "train", "step": step}, 0.0)
-    return board
-
-
-def test_the_last_trials_go_to_hosts_with_less_left_to_do() -> None:
-    board = two_busy_hosts()
-    assert board.claim("h0", 1) is None
-    assert claimed(board, "h1", 1) == ("e", 1)
-    board.submit("f", "f", 100)
-    assert claimed(board, "h1", 1) == ("f", 1), "1.3 beside 1.7"
-    board.submit("g", "g", 100)
-    assert board.claim("h1", 1) is None, "2.3 beside 1.7"
-    assert claimed(board, "h0", 1) == ("g", 1)
-
-
-def test_a_host_that_trains_takes_what_others_would_not_be_free_for() -> None:
-    board = two_busy_hosts()
-    board.submit("f", "f", 100)
-    assert claimed(board, "h0", 1) == ("e", 1), "one is left for the other host"
-    assert board.claim("h0", 1) is None
-    for trial in "ace":
-        board.add_row(trial, 1, dict(END), 0.0)
-    assert claimed(board, "h0", 1) == ("f", 1), "it is free"
-
-
-def test_nothing_is_left_to_a_host_that_is_gone() -> None:
-    """Nobody knows when it comes back."""
-    board = two_busy_hosts()
-    board.release("h1", "killed", now=0.0)
-    assert [claimed(board, "h0", 1)[0] for _ in range(3)] == ["b", "d", "e"]
-
-
-def test_where_steps_are_not_known_nothing_is_left_to_others() -> None:
-    board = two_busy_hosts(None)
-    for name in "efg":
-        board.submit(name, name)
-        assert claimed(board, "h0", 1) == (name, 1)
-
-
 def test_releasing_a_host_without_a_trial_changes_nothing() -> None:
     board = Board()
     board.submit("a", "a")
