@@ -42,7 +42,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/orchestration.py search.trials=14
-	$(BIN)/python benchmarks/density_loss.py --parts saved_for_backward,steps --rounds 9
+	$(BIN)/python benchmarks/density_loss.py --parts saved_for_backward,steps --rounds 15
 	$(BIN)/python benchmarks/density_loss.py --parts evaluation --rounds 28
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/packing.py --shape nano --source 40

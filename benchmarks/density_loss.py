@@ -4,7 +4,8 @@
     python benchmarks/density_loss.py --shape xl --quantization nf4 --dtype bfloat16     on a GPU
     python benchmarks/density_loss.py --shape base --parts evaluation --rounds 40        the rest stays as it is stored
 
-Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike.
+Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike;
+every other round goes backwards.
 A ratio is the median over rounds of the ratio within a round: by the clock and, where its name ends in ``cpu_s``, by
 the seconds in which this process computes, which other work on a machine touches less. Needs torch, transformers, peft
 and bitsandbytes, with or without NF4, and nothing else of the project's dependencies: neither Ray nor DeepSpeed.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +211,8 @@ def measure_steps(trainer: Trainer, device: torch.device, rounds: int) -> dict[s
         peaks: dict[str, float] = {}
         with trainer.checkpointing(kind):
             for number in range(rounds + 1):
-                for name, way in WAYS.items():
+                for name in _in_turn(WAYS, number):
+                    way = WAYS[name]
                     if device.type == "cuda":
                         torch.cuda.reset_peak_memory_stats()
                     with trainer.using(way) as forward:
@@ -337,8 +339,8 @@ def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, round
     times: dict[str, list[float]] = {name: [] for name in ways}
     computing: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, action in ways.items():
-            seconds, cpu_s = timed_twice(action, device)
+        for name in _in_turn(ways, number):
+            seconds, cpu_s = timed_twice(ways[name], device)
             if number:  # the first round warms up
                 times[name].append(seconds)
                 computing[name].append(cpu_s)
@@ -347,6 +349,11 @@ def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, round
         f"{name}_over_plain_cpu_s": ratio(computing[name], computing["plain"]) for name in ways if name != "plain"
     }
     return {"s": {name: summary(values) for name, values in times.items()}, **over, **by_cpu}
+
+
+def _in_turn(names: Iterable[str], number: int) -> list[str]:
+    """Return names in their order, and in every other round in the reverse: what precedes a way falls on none alone."""
+    return list(names)[:: 1 if number % 2 else -1]
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float | int]:
