@@ -18,19 +18,30 @@ class Entry:
 
     Args:
         trial: Its TrialSpec as JSON text.
+        behind: The trial that it waits for, so that nothing follows what cannot train; empty for none.
         state: ``waiting``, ``running`` or ``ended``.
         host: Who has it.
         attempt: Counts from 1; rows of an older attempt are dropped.
         cancelled: Whether its host is to stop it.
         rows: All rows so far, in order.
+        trains: Whether a row has come from before its end.
+        status: How it ended.
     """
 
     trial: str
+    behind: str = ""
     state: str = "waiting"
     host: str | None = None
     attempt: int = 0
     cancelled: bool = False
     rows: list[Row] = field(default_factory=list)
+    trains: bool = False
+    status: str | None = None
+
+    def end(self, row: Row) -> None:
+        """Take the last row."""
+        self.state, self.host, self.status = "ended", None, row["status"]
+        self.rows.append(row)
 
 
 class Board:
@@ -44,10 +55,17 @@ class Board:
         self._lives: dict[str, int] = {}
         self._asking: set[tuple[str, int]] = set()
 
-    def submit(self, trial: str, spec: str) -> None:
-        """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again."""
+    def submit(self, trial: str, spec: str, behind: str = "") -> None:
+        """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again.
+
+        Args:
+            trial: Its name.
+            spec: Its TrialSpec as JSON text.
+            behind: A trial that has to train before this one is given out. If it ends otherwise than complete while
+                this one waits, this one ends as ``abandoned``.
+        """
         if trial not in self.entries:
-            self.entries[trial] = Entry(spec)
+            self.entries[trial] = Entry(spec, behind)
             self._waiting.append(trial)
             self._abandon_waiting()
 
@@ -62,15 +80,21 @@ class Board:
             TrialSpec as JSON, attempt, and whether it must have the host to itself: at its last attempt, so that it is
             known who it is that costs hosts. None if no trial waits.
         """
-        if not self._waiting or life != self._lives.get(host, 0) or self._is_another_freer(host):
+        trial = next(filter(self._may_begin, self._waiting), None)
+        if trial is None or life != self._lives.get(host, 0) or self._is_another_freer(host):
             return None
-        entry = self.entries[self._waiting[0]]
+        entry = self.entries[trial]
         apart = entry.attempt + 1 >= MAX_ATTEMPTS
         if apart and any(other.host == host for other in self.entries.values()):
             return None  # nor does the host get another: it is to become free
-        self._waiting.popleft()
+        self._waiting.remove(trial)
         entry.state, entry.host, entry.attempt = "running", host, entry.attempt + 1
         return entry.trial, entry.attempt, apart
+
+    def _may_begin(self, trial: str) -> bool:
+        name = self.entries[trial].behind
+        behind = self.entries.get(name)
+        return not name or (behind is not None and (behind.trains or behind.status == "complete"))
 
     def asks(self, host: str, life: int, *, still: bool) -> None:
         """Note that a host waits for a trial, or no longer: no other one with more trials is served before it."""
@@ -101,9 +125,12 @@ class Board:
         if entry is None or entry.state != "running" or entry.attempt != attempt:
             return False
         alone, host = row.pop("alone", False), entry.host
-        entry.rows.append(row)
         if row["kind"] == "end":
-            entry.state, entry.host = "ended", None
+            entry.end(row)
+            self._abandon_waiting()
+        else:
+            entry.rows.append(row)
+            entry.trains = True
         if alone and host is not None:
             self.release(host, f"trial {trial} failed on one of its workers", now)
         return True
@@ -139,12 +166,12 @@ class Board:
             entry = self.entries[trial]
             entry.host = None
             if entry.attempt >= MAX_ATTEMPTS or entry.cancelled:
-                entry.state = "ended"
                 reason = f"its host was lost {entry.attempt} times, last: {cause}"
-                entry.rows.append({"kind": "end", "status": "failed", "cause": reason, "time": now})
+                entry.end({"kind": "end", "status": "failed", "cause": reason, "time": now})
             else:
                 entry.state = "waiting"
                 self._waiting.appendleft(trial)
+        self._abandon_waiting()
         self._lives[host] = self._lives.get(host, 0) + 1
         return self._lives[host]
 
@@ -160,14 +187,25 @@ class Board:
         self._abandon_waiting()
 
     def _abandon_waiting(self) -> None:
-        while self._given_up is not None and self._waiting:
-            entry = self.entries[self._waiting.popleft()]
-            entry.state = "ended"
-            entry.rows.append({"kind": "end", "status": "abandoned", "cause": self._given_up})
+        """End what waits for nothing."""
+        causes = {trial: self._why_hopeless(self.entries[trial]) for trial in self._waiting}
+        for trial, cause in causes.items():
+            if cause is not None:
+                self._waiting.remove(trial)
+                self.entries[trial].end({"kind": "end", "status": "abandoned", "cause": cause})
+
+    def _why_hopeless(self, entry: Entry) -> str | None:
+        behind = self.entries.get(entry.behind)
+        if behind is None or behind.status in (None, "complete"):
+            return self._given_up
+        return f"{entry.behind}, which it waits for, ended as {behind.status}"
 
     def rows(self, trial: str, after: int) -> list[Row]:
-        """Return a trial's rows from number ``after`` on."""
-        return self.entries[trial].rows[after:]
+        """Return a trial's rows from number ``after`` on, up to the last that is more than training losses."""
+        found = self.entries[trial].rows[after:]
+        while found and found[-1]["kind"] == "train":
+            found.pop()
+        return found
 
     def forget(self, trial: str) -> None:
         """Drop an ended trial's rows."""

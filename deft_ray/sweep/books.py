@@ -58,9 +58,11 @@ class Books:
     def ended(self, trial: TrialSpec, rows: list[dict[str, Any]]) -> None:
         """Take an ended trial: its spec and all its rows, the last of kind ``end``.
 
-        A trial that was given up for lack of a host leaves no record: it has not ended, ``--resume`` runs it.
+        A trial that was given up for lack of a host leaves no record: it has not ended, ``--resume`` runs it. Nor does
+        one whose baseline has failed while it waited.
         """
         if rows[-1]["status"] == "abandoned":
+            self.schedule.abandoned(trial.trial)
             return
         record = to_record(trial, rows)
         self.run_dir.write_curve(record.trial, [row for row in rows if row["kind"] != "end"])
@@ -77,6 +79,10 @@ class Books:
         if record.baseline and record.status != "complete" and not record.is_front_seed:
             self.live.say(f"the baseline of {record.task} failed: no more trials of this task")
         write_front_csv(self.run_dir.path / "front.csv", self._fronts(found), settings=varying(found))
+        if record.baseline:
+            for other in self.records:
+                if (other.task, other.seed, other.baseline) == (record.task, record.seed, False):  # compared only now
+                    self._mirror_trial(other, found, self.run_dir.read_curve(other.trial))
         self._mirror_record(record, found, rows, len(self.records))
 
     def finish(self, stop_reason: str, status: str, extra: dict[str, str]) -> list[str]:
@@ -152,10 +158,13 @@ class Books:
             if any(point.task == task for point in found)
         }
 
-    def _mirror_record(self, record: Record, found: list[Point], rows: list[dict[str, Any]], step: int) -> None:
+    def _mirror_trial(self, record: Record, found: list[Point], rows: list[dict[str, Any]]) -> None:
         point = next(point for point in found if (point.task, point.trial) == (record.task, record.trial))
         metric_rows = [row for row in rows if row["kind"] != "end"]
         self._mirror.record(record, point.score_drop, point.density_change, metric_rows)
+
+    def _mirror_record(self, record: Record, found: list[Point], rows: list[dict[str, Any]], step: int) -> None:
+        self._mirror_trial(record, found, rows)
         mine = mark(other for other in of_first(found, step) if other.task == record.task)
         on_front = [other.trial for other in mine if other.on_front]
         area = hypervolume(mine, self.spec.reference.point)

@@ -24,9 +24,9 @@ class Dispatcher:
         self._predictions: dict[str, dict[str, list[float]]] = {}
         self._slots: dict[str, int] = {}
 
-    async def submit(self, trial: str, spec: str) -> None:
-        """Queue a trial."""
-        await self._change(lambda: self._board.submit(trial, spec))
+    async def submit(self, trial: str, spec: str, behind: str = "") -> None:
+        """Queue a trial; see :meth:`Board.submit`."""
+        await self._change(lambda: self._board.submit(trial, spec, behind))
 
     async def claim(self, host: str, life: int, wait: bool) -> tuple[str, int, bool] | str:
         """Find a trial for a host, or wait for one: as of :meth:`Board.claim`, or ``wait``, or ``closed``."""
@@ -59,7 +59,7 @@ class Dispatcher:
         return self._predictions.get(trial, {})
 
     async def rows(self, trial: str, after: int) -> list[Row]:
-        """Wait for rows of a trial from number ``after`` on; empty if there were none for a while."""
+        """Wait for rows of a trial as :meth:`Board.rows` has them; empty if there were none for a while."""
         found: list[Row] | None = await self._wait_for(lambda: self._board.rows(trial, after))
         return found or []
 

@@ -186,7 +186,7 @@ class _Sweep:
         try:
             self._check_budget()
             self.misplaced = self.books.misplaced_reference()
-            if self.schedule.remaining and self.spent is None and not self.misplaced:
+            if self.schedule.remaining and not self._is_spent and not self.misplaced:
                 self._run_trials()
             if self._left_out():
                 reason = self.spent or self.stalled or reason
@@ -358,7 +358,7 @@ class _Sweep:
         tuner = tune.Tuner(
             build_trainable(dispatcher, {"cpu": 0, **near_driver}),
             tune_config=tune.TuneConfig(
-                search_alg=ScheduleSearcher(self._next_trial),
+                search_alg=ScheduleSearcher(self._next_trial, self.schedule.behind),
                 scheduler=RungScheduler(rungs),
                 num_samples=-1,
                 reuse_actors=True,
@@ -379,19 +379,21 @@ class _Sweep:
 
         self._check_budget()
         self.misplaced = self.books.misplaced_reference()
-        if self.failure is not None or self.spent is not None or self.misplaced:
+        if self.failure is not None or self._is_spent or self.misplaced:
             return Nothing.MORE
         is_full = self._slots is not None and self.schedule.under_way > self._slots
-        return Nothing.YET if is_full else self.schedule.next()
+        return Nothing.YET if is_full else self.schedule.next(beside_baselines=self.spent is None)
+
+    @property
+    def _is_spent(self) -> bool:
+        """Whether a budget is: without its baselines a sweep is worth nothing, so they run in any case."""
+        return self.spent is not None and self.schedule.has_baselines
 
     def _check_budget(self) -> None:
-        """Once spent, always spent; without its baselines a sweep is worth nothing, so they run in any case.
-
-        A front that grows no longer ends the sampling; front seeds still run.
-        """
+        """Once spent, always spent. A front that grows no longer ends the sampling; front seeds still run."""
+        self.spent = self.spent or self._budget.spent(self.books.records)
         if not self.schedule.has_baselines:
             return
-        self.spent = self.spent or self._budget.spent(self.books.records)
         self.stalled = self.stalled or self._budget.stalled(self.books.records)
         if self.stalled is not None:
             self.schedule.sample_no_more()

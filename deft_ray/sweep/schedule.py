@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deft_ray.results.across import ALL_TASKS
+from deft_ray.results.front import REFERENCE
 from deft_ray.results.records import Record
 from deft_ray.spec.points import count_points, sample_of
 from deft_ray.spec.resolve import resolve_baseline, resolve_trial
@@ -46,6 +47,7 @@ class Schedule:
         self._shared = spec.search.scope == "shared"
         self._ended: dict[str, Record] = {}
         self._given: set[str] = set()
+        self._abandoned: set[str] = set()
         self._skipped = frozenset[str]()
         self.baselines = [(task, seed) for task in self._tasks for seed in self._seeds]
         self._order = deque(self._in_order())
@@ -76,7 +78,11 @@ class Schedule:
     @property
     def under_way(self) -> int:
         """Trials that were given out and have not ended."""
-        return len(self._given - self._ended.keys())
+        return len(self._under_way)
+
+    @property
+    def _under_way(self) -> set[str]:
+        return self._given - self._ended.keys() - self._abandoned
 
     @property
     def skipped(self) -> int:
@@ -102,8 +108,14 @@ class Schedule:
         started = any(trial in self._given or trial in self._ended for trial in trials)
         return started or (self._has_baselines(task) and self._search(task).asked(number))
 
-    def next(self) -> TrialSpec | Nothing:
-        """Return the next trial to start; each is given out once."""
+    def next(self, beside_baselines: bool = False) -> TrialSpec | Nothing:
+        """Return the next trial to start; each is given out once.
+
+        Args:
+            beside_baselines: Whether sampled trials may be given out before the baselines of their task have ended, in
+                a sweep that can make use of them without. They are to be begun once the trial has begun to train that
+                :meth:`behind` names.
+        """
         blocked = False
         for index, (task, seed) in enumerate(self.baselines):
             trial = trial_id(index)
@@ -117,7 +129,8 @@ class Schedule:
             if task in lost:
                 continue
             for place, trial in self._to_start(number, task):
-                if not (self.has_baselines if self._shared else self._has_baselines(task)):
+                ready = self.has_baselines if self._shared else self._has_baselines(task)
+                if not ready and not (beside_baselines and self._needs_no_baselines):
                     blocked = True
                     continue
                 if self._one_by_one and not self._have_ended(self._tasks[: self._tasks.index(task)]):
@@ -130,6 +143,27 @@ class Schedule:
                 sample, setting = self._search(task).point(number), self._setting(task, number)
                 return resolve_trial(self.spec, trial, task, self._seeds[place], sample, setting, start_from, number)
         return Nothing.YET if blocked else self._next_front_seed()
+
+    @property
+    def _needs_no_baselines(self) -> bool:
+        """Whether a trial can train while the baselines do.
+
+        Not on a path, which starts from one, nor with rungs, which judge by them, nor where points are for all tasks,
+        nor where the reference point is the user's own, which is held against them.
+        """
+        search, own_reference = self.spec.search, self.spec.reference.point != REFERENCE
+        return not (search.path or search.scheduler != "none" or self._shared or own_reference)
+
+    def behind(self, trial: TrialSpec) -> str:
+        """Name the baseline that has to train before a trial is begun; an empty text for none, or if it has ended."""
+        if trial.baseline or (trial.task, trial.seed) not in self.baselines:
+            return ""
+        baseline = trial_id(self.baselines.index((trial.task, trial.seed)))
+        return "" if baseline in self._ended else baseline
+
+    def abandoned(self, trial: str) -> None:
+        """Take note of a trial that was given out and will not run."""
+        self._abandoned.add(trial)
 
     def _to_start(self, number: int, task: str) -> list[tuple[int, str]]:
         """Trials of a point that are still to be started, by the place of their seed."""
@@ -158,8 +192,7 @@ class Schedule:
                 continue
             self._given.add(one.trial)
             return self._resolve(one).model_copy(update={"rungs": ()})
-        started = self._given - self._ended.keys()
-        return Nothing.YET if self.spec.search.front_seeds and (due or started) else Nothing.MORE
+        return Nothing.YET if self.spec.search.front_seeds and (due or self._under_way) else Nothing.MORE
 
     def _resolve(self, one: FrontTrial) -> TrialSpec:
         seed = self._seeds[0] + one.place
@@ -220,16 +253,19 @@ class Schedule:
         place = int(record.trial[1:]) - len(self.baselines)
         if place >= 0:
             self._tell_if_ended(record.task, place // (len(self._tasks) * len(self._seeds)))
+        else:
+            for number in range(self._points):
+                self._tell_if_ended(record.task, number)
 
     def _tell_if_ended(self, task: str, number: int) -> None:
         lost = self.failed_tasks
         tasks = [each for each in self._tasks if each not in lost] if self._shared else [task]
         ids = [self._id(each, number, place) for each in tasks for place in range(len(self._seeds))]
         baselines = [self._baseline(each, seed) for each in tasks for seed in self._seeds]
-        if all(trial in self._ended for trial in ids):
+        known = [record for record in baselines if record is not None]
+        if all(trial in self._ended for trial in ids) and len(known) == len(baselines):
             self._search(task).point(number)
-            results = [self._ended[trial] for trial in ids]
-            self._search(task).tell(number, results, [record for record in baselines if record is not None])
+            self._search(task).tell(number, [self._ended[trial] for trial in ids], known)
 
     def _id(self, task: str, number: int, place: int) -> str:
         tasks, seeds = len(self._tasks), len(self._seeds)

@@ -36,11 +36,12 @@ class ScheduleSearcher(_StaysHere, Searcher):
 
     Args:
         next_trial: Returns the next trial, or why there is none.
+        behind: Tells of a trial which other one has to train before it is begun; an empty text for none.
     """
 
-    def __init__(self, next_trial: Callable[[], TrialSpec | Nothing]) -> None:
+    def __init__(self, next_trial: Callable[[], TrialSpec | Nothing], behind: Callable[[TrialSpec], str]) -> None:
         super().__init__(metric=None, mode=None)
-        self._next_trial = next_trial
+        self._next_trial, self._behind = next_trial, behind
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Tune takes FINISHED too
         """Return the next trial's config, None for "ask again", or FINISHED."""
@@ -50,7 +51,7 @@ class ScheduleSearcher(_StaysHere, Searcher):
         if trial is Nothing.MORE:
             return str(Searcher.FINISHED)
         assert isinstance(trial, TrialSpec)
-        return {"trial": trial.trial, "spec": trial.model_dump_json()}
+        return {"trial": trial.trial, "spec": trial.model_dump_json(), "behind": self._behind(trial)}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Accept whatever Tune says: objectives and space come from the schedule."""
@@ -133,18 +134,16 @@ def build_trainable(dispatcher: Any, resources: dict[str, float]) -> Any:
 
     def trial(config: dict[str, Any]) -> None:
         name = config["trial"]
-        ray.get(dispatcher.submit.remote(name, config["spec"]))
-        seen, held = 0, []
-        while True:
-            rows = ray.get(dispatcher.rows.remote(name, seen))
-            for number, row in enumerate(rows, start=seen):
-                held.append({**row, "number": number})
+        ray.get(dispatcher.submit.remote(name, config["spec"], config["behind"]))
+        seen, ended = 0, False
+        while not ended:
+            held = []
+            for row in ray.get(dispatcher.rows.remote(name, seen)):
+                held.append({**row, "number": seen})
+                seen, ended = seen + 1, row["kind"] == "end"
                 if row["kind"] != "train":
                     tune.report({"rows": held, "score": row.get("score"), "density": row.get("density")})
                     held = []
-                if row["kind"] == "end":
-                    return
-            seen += len(rows)
 
     return tune.with_resources(trial, resources)
 

@@ -37,6 +37,20 @@ def test_rows_are_read_from_any_number_on() -> None:
     assert not board.add_row("a", 1, {"kind": "train", "step": 3}, 0.0), "a row after the end was taken"
 
 
+def test_training_losses_are_read_with_the_row_that_follows_them() -> None:
+    """Tune is told of evaluations and ends; reading each loss by itself would be a call for nothing."""
+    board = Board()
+    board.submit("a", "spec")
+    board.claim("h0", 0)
+    rows = [{"kind": kind, "step": step} for step, kind in enumerate(["train", "eval", "train", "train"], start=1)]
+    for number, found in enumerate([[], rows[:2], rows[:2], rows[:2]]):
+        assert board.add_row("a", 1, rows[number], 0.0)
+        assert board.rows("a", 0) == found
+    assert board.rows("a", 2) == []
+    assert board.add_row("a", 1, END, 0.0)
+    assert board.rows("a", 2) == [*rows[2:], END]
+
+
 def test_a_lost_host_gives_its_trial_back_to_the_front() -> None:
     board = Board()
     for name in ("a", "b"):
@@ -104,7 +118,7 @@ def test_forget_drops_rows_of_ended_trials_only() -> None:
     board = Board()
     board.submit("a", "a")
     board.claim("h0", 0)
-    board.add_row("a", 1, {"kind": "train"}, 0.0)
+    board.add_row("a", 1, {"kind": "eval"}, 0.0)
     board.forget("a")
     assert len(board.rows("a", 0)) == 1
     board.add_row("a", 1, END, 0.0)
@@ -260,3 +274,65 @@ def test_what_a_host_has_no_room_for_is_the_next_again() -> None:
     assert board.claim("h0", 0) is None
     assert board.is_cancelled("a", 1)
     assert not board.add_row("a", 1, END, 0.0)
+
+
+# --- behind another trial ---------------------------------------------------------------------------------------------
+
+
+def test_what_waits_behind_a_trial_is_given_out_once_that_one_trains() -> None:
+    board = Board()
+    board.submit("point", "point", behind="baseline")
+    assert board.claim("h0", 0) is None, "its baseline is not even here"
+    board.submit("baseline", "baseline")
+    board.submit("other", "other")
+    assert claimed(board, "h0") == ("baseline", 1)
+    assert claimed(board, "h1") == ("other", 1), "who is not held does not wait for who is"
+    assert board.claim("h2", 0) is None, "it has been claimed, and does not train yet"
+    assert board.add_row("baseline", 1, {"kind": "train", "step": 1}, 0.0)
+    board.release("h0", "node lost", now=1.0)
+    assert claimed(board, "h2") == ("baseline", 2), "what lost its host comes first"
+    assert claimed(board, "h2") == ("point", 1), "it has been seen to train"
+
+
+def test_a_baseline_that_completes_without_a_row_lets_on_who_waits_behind_it() -> None:
+    board = Board()
+    board.submit("baseline", "baseline")
+    board.submit("point", "point", behind="baseline")
+    assert claimed(board, "h0") == ("baseline", 1)
+    assert board.add_row("baseline", 1, END, 0.0)
+    board.forget("baseline")
+    assert claimed(board, "h0") == ("point", 1)
+
+
+@pytest.mark.parametrize("status", ["failed", "diverged", "stopped"])
+def test_who_waits_behind_what_fails_is_abandoned(status: str) -> None:
+    board = Board()
+    board.submit("baseline", "baseline")
+    for name, behind in (("runs", "baseline"), ("waits", "baseline"), ("other", "")):
+        board.submit(name, name, behind)
+    assert claimed(board, "h0") == ("baseline", 1)
+    assert board.add_row("baseline", 1, {"kind": "train", "step": 1}, 0.0)
+    assert claimed(board, "h1") == ("runs", 1)
+    assert board.add_row("baseline", 1, {"kind": "end", "status": status}, 0.0)
+    board.submit("late", "late", behind="baseline")
+    for name in ("waits", "late"):
+        (row,) = board.rows(name, 0)
+        assert row == {
+            "kind": "end",
+            "status": "abandoned",
+            "cause": f"baseline, which it waits for, ended as {status}",
+        }
+    assert claimed(board, "h0") == ("other", 1)
+    assert board.add_row("runs", 1, END, 0.0), "who trains already goes on to its end"
+
+
+def test_who_waits_behind_a_trial_that_costs_hosts_is_abandoned_with_it() -> None:
+    board = Board()
+    board.submit("baseline", "baseline")
+    board.submit("point", "point", behind="baseline")
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        assert claimed(board, "h0", attempt - 1) == ("baseline", attempt)
+        board.release("h0", "killed", now=0.0)
+    assert [row["status"] for row in board.rows("point", 0)] == ["abandoned"]
+    board.give_up("no host is left")
+    assert len(board.rows("point", 0)) == 1

@@ -18,7 +18,11 @@ def sweep_of(slots: int | None, under_way: int) -> Any:
     sweep._slots = slots
     sweep._check_budget = lambda: None
     sweep.books = SimpleNamespace(misplaced_reference=list, live=SimpleNamespace(slots=0))
-    sweep.schedule = SimpleNamespace(under_way=under_way, next=lambda: "a trial")
+    sweep.schedule = SimpleNamespace(
+        under_way=under_way,
+        has_baselines=True,
+        next=lambda *, beside_baselines: "a trial" if beside_baselines else "a baseline",
+    )
     return sweep
 
 
@@ -29,6 +33,14 @@ def sweep_of(slots: int | None, under_way: int) -> Any:
 def test_one_trial_more_is_asked_for_than_hosts_take(slots: int | None, under_way: int, answer: Any) -> None:
     """So that a sampler knows as many results as it can; where the number was given, Tune keeps it."""
     assert sweep_of(slots, under_way)._next_trial() == answer
+
+
+def test_a_spent_budget_leaves_baselines_and_nothing_beside_them() -> None:
+    sweep = sweep_of(2, 0)
+    sweep.spent, sweep.schedule.has_baselines = "budget.steps = 1 is spent", False
+    assert sweep._next_trial() == "a baseline"
+    sweep.schedule.has_baselines = True
+    assert sweep._next_trial() is Nothing.MORE
 
 
 def test_hosts_that_have_not_told_take_one() -> None:

@@ -133,6 +133,93 @@ def test_sampled_trials_wait_for_their_task_s_baselines(tmp_path: Path) -> None:
     assert third.task == second.task
 
 
+def test_sampled_trials_may_be_given_out_behind_a_baseline_that_trains(tmp_path: Path) -> None:
+    """The study is told of them once there is something to compare them with; what it has then is the same."""
+    spec = make_spec(seeds=[0, 5], trials=3)
+    schedule = Schedule(spec, tmp_path / "early", [])
+    given = [schedule.next(beside_baselines=True) for _ in range(6)]
+    assert all(isinstance(trial, TrialSpec) for trial in given)
+    trials = [trial for trial in given if isinstance(trial, TrialSpec)]
+    assert [schedule.behind(trial) for trial in trials] == ["", "", "", "", "t0000", "t0001"]
+    assert trials == run(Schedule(spec, tmp_path / "in-turn", []), 6)
+    for trial in trials[4:]:
+        schedule.ended(ended(trial))
+    assert [trial.state for trial in told(tmp_path / "early", "nano-sentiment")][:1] == [TrialState.RUNNING]
+    schedule.ended(ended(trials[0]))
+    assert [schedule.behind(trial) for trial in trials[4:]] == ["", "t0001"]
+    assert [trial.state for trial in told(tmp_path / "early", "nano-sentiment")][:1] == [TrialState.RUNNING]
+    schedule.ended(ended(trials[1]))
+    mine, other = (told(tmp_path / name, "nano-sentiment")[0] for name in ("early", "in-turn"))
+    assert (mine.state, mine.values) == (TrialState.COMPLETE, other.values)
+
+
+def test_a_search_that_was_killed_before_its_baselines_ended_goes_on(tmp_path: Path) -> None:
+    spec = make_spec(trials=4)
+    schedule = Schedule(spec, tmp_path, [])
+    trials = [schedule.next(beside_baselines=True) for _ in range(4)]
+    early = trials[2]
+    assert isinstance(early, TrialSpec)
+    schedule.ended(ended(early))
+    again = Schedule(spec, tmp_path, [ended(early)])
+    assert [again.next(beside_baselines=True) for _ in range(3)] == [trials[0], trials[1], trials[3]]
+    again.ended(ended(trials[0]))  # type: ignore[arg-type]
+    assert told(tmp_path, early.task)[0].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"search.scheduler": "asha"},
+        {"search.scope": "shared"},
+        {"reference": {"density": 0.9}},
+        {"path": True},
+    ],
+    ids=str,
+)
+def test_who_judges_by_baselines_or_starts_from_them_waits_for_their_end(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    tree: dict[str, Any] = {
+        "name": "s",
+        "data": {"tasks": ["nano-sentiment"]},
+        "deft": {"alpha": {"loguniform": [0.1, 10.0]}, "epsilon": 1e-4},
+        "train": {"steps": 100},
+        "search": {"trials": 3},
+    }
+    if "path" in changes:
+        tree["deft"]["alpha"] = {"choice": [0.1, 1.0]}
+        tree["search"] = {"path": "alpha"}
+    for name, value in changes.items():
+        section, _, leaf = name.partition(".")
+        if leaf:
+            tree[section][leaf] = value
+        elif name != "path":
+            tree[name] = value
+    spec, faults = check_tree(tree)
+    assert spec is not None, faults
+    schedule = Schedule(spec, tmp_path, [])
+    baseline = schedule.next(beside_baselines=True)
+    assert isinstance(baseline, TrialSpec)
+    assert baseline.baseline
+    assert schedule.next(beside_baselines=True) is Nothing.YET
+    schedule.ended(ended(baseline))
+    assert isinstance(schedule.next(beside_baselines=True), TrialSpec)
+
+
+def test_an_abandoned_trial_is_waited_for_no_longer(tmp_path: Path) -> None:
+    schedule = Schedule(make_spec(front_seeds=2, trials=1), tmp_path, [])
+    trials = [schedule.next(beside_baselines=True) for _ in range(4)]
+    assert schedule.under_way == 4
+    for trial in trials[2:]:
+        assert isinstance(trial, TrialSpec)
+        schedule.abandoned(trial.trial)
+    for trial in trials[:2]:
+        assert isinstance(trial, TrialSpec)
+        schedule.ended(ended(trial, "failed"))
+    assert schedule.under_way == 0
+    assert schedule.next(beside_baselines=True) is Nothing.MORE
+
+
 def test_a_failed_baseline_ends_its_task(tmp_path: Path) -> None:
     schedule = Schedule(make_spec(), tmp_path, [])
     first, second = schedule.next(), schedule.next()
