@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ class Entry:
 
     Args:
         trial: Its TrialSpec as JSON text.
-        behind: The trial that it waits for, so that nothing follows what cannot train; empty for none.
+        behind: Trials that have to train before it begins, so that nothing follows what cannot.
         state: ``waiting``, ``running`` or ``ended``.
         host: Who has it.
         attempt: Counts from 1; rows of an older attempt are dropped.
@@ -29,7 +30,7 @@ class Entry:
     """
 
     trial: str
-    behind: str = ""
+    behind: tuple[str, ...] = ()
     state: str = "waiting"
     host: str | None = None
     attempt: int = 0
@@ -55,17 +56,17 @@ class Board:
         self._lives: dict[str, int] = {}
         self._asking: set[tuple[str, int]] = set()
 
-    def submit(self, trial: str, spec: str, behind: str = "") -> None:
+    def submit(self, trial: str, spec: str, behind: Sequence[str] = ()) -> None:
         """Queue a trial; one that is known already is left as it is, so a restarted caller can ask again.
 
         Args:
             trial: Its name.
             spec: Its TrialSpec as JSON text.
-            behind: A trial that has to train before this one is given out. If it ends otherwise than complete while
-                this one waits, this one ends as ``abandoned``.
+            behind: Trials that have to train before this one is given out. If one of them ends otherwise than complete
+                while this one waits, this one ends as ``abandoned``.
         """
         if trial not in self.entries:
-            self.entries[trial] = Entry(spec, behind)
+            self.entries[trial] = Entry(spec, tuple(behind))
             self._waiting.append(trial)
             self._abandon_waiting()
 
@@ -92,9 +93,8 @@ class Board:
         return entry.trial, entry.attempt, apart
 
     def _may_begin(self, trial: str) -> bool:
-        name = self.entries[trial].behind
-        behind = self.entries.get(name)
-        return not name or (behind is not None and (behind.trains or behind.status == "complete"))
+        before = [self.entries.get(name) for name in self.entries[trial].behind]
+        return all(each is not None and (each.trains or each.status == "complete") for each in before)
 
     def asks(self, host: str, life: int, *, still: bool) -> None:
         """Note that a host waits for a trial, or no longer: no other one with more trials is served before it."""
@@ -110,10 +110,11 @@ class Board:
         entry = self.entries.get(trial)
         if entry is None or entry.state != "running" or entry.attempt != attempt:
             return
-        entry.host, entry.attempt = None, attempt - 1
-        entry.state = "ended" if entry.cancelled else "waiting"
-        if not entry.cancelled:
-            self._waiting.appendleft(trial)
+        entry.state, entry.host, entry.attempt = "waiting", None, attempt - 1
+        self._waiting.appendleft(trial)
+        if entry.cancelled:
+            self._drop(trial, entry)
+        self._abandon_waiting()
 
     def add_row(self, trial: str, attempt: int, row: Row, now: float) -> bool:
         """Take a row; False if it comes from a lost attempt, or after the end.
@@ -136,14 +137,21 @@ class Board:
         return True
 
     def cancel(self, trial: str) -> None:
-        """Stop a trial: a waiting one is dropped, a running one at its next step."""
-        entry = self.entries.get(trial)
-        if entry is None or entry.state == "ended":
+        """Stop a trial: a waiting one is dropped, a running one at its next step, and one to come does not begin."""
+        if trial not in self.entries:
+            self.submit(trial, "")
+        entry = self.entries[trial]
+        if entry.state == "ended":
             return
         entry.cancelled = True
         if entry.state == "waiting":
-            self._waiting.remove(trial)
-            entry.state = "ended"
+            self._drop(trial, entry)
+
+    def _drop(self, trial: str, entry: Entry) -> None:
+        """End a trial that waits, without a row: nobody asks for it any more."""
+        self._waiting.remove(trial)
+        entry.state, entry.status = "ended", "stopped"
+        self._abandon_waiting()
 
     def is_cancelled(self, trial: str, attempt: int) -> bool:
         """Tell whether an attempt is to stop."""
@@ -195,10 +203,9 @@ class Board:
                 self.entries[trial].end({"kind": "end", "status": "abandoned", "cause": cause})
 
     def _why_hopeless(self, entry: Entry) -> str | None:
-        behind = self.entries.get(entry.behind)
-        if behind is None or behind.status in (None, "complete"):
-            return self._given_up
-        return f"{entry.behind}, which it waits for, ended as {behind.status}"
+        before = {name: self.entries[name].status for name in entry.behind if name in self.entries}
+        lost = [f"{name} ended as {status}" for name, status in before.items() if status not in (None, "complete")]
+        return f"it waited for what has failed: {', '.join(lost)}" if lost else self._given_up
 
     def rows(self, trial: str, after: int) -> list[Row]:
         """Return a trial's rows from number ``after`` on, up to the last that is more than training losses."""
@@ -208,7 +215,7 @@ class Board:
         return found
 
     def forget(self, trial: str) -> None:
-        """Drop an ended trial's rows."""
+        """Drop an ended trial's rows but the last, so that a caller who is started anew learns that it has ended."""
         entry = self.entries.get(trial)
         if entry is not None and entry.state == "ended":
-            entry.rows.clear()
+            del entry.rows[:-1]

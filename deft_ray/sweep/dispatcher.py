@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -24,7 +25,7 @@ class Dispatcher:
         self._predictions: dict[str, dict[str, list[float]]] = {}
         self._slots: dict[str, int] = {}
 
-    async def submit(self, trial: str, spec: str, behind: str = "") -> None:
+    async def submit(self, trial: str, spec: str, behind: Sequence[str] = ()) -> None:
         """Queue a trial; see :meth:`Board.submit`."""
         await self._change(lambda: self._board.submit(trial, spec, behind))
 

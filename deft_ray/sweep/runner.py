@@ -186,7 +186,8 @@ class _Sweep:
         try:
             self._check_budget()
             self.misplaced = self.books.misplaced_reference()
-            if self.schedule.remaining and not self._is_spent and not self.misplaced:
+            is_spent = self.spent is not None and self.schedule.has_baselines
+            if self.schedule.remaining and not is_spent and not self.misplaced:
                 self._run_trials()
             if self._left_out():
                 reason = self.spent or self.stalled or reason
@@ -379,15 +380,13 @@ class _Sweep:
 
         self._check_budget()
         self.misplaced = self.books.misplaced_reference()
-        if self.failure is not None or self._is_spent or self.misplaced:
+        if self.failure is not None or self.misplaced:
             return Nothing.MORE
-        is_full = self._slots is not None and self.schedule.under_way > self._slots
-        return Nothing.YET if is_full else self.schedule.next(beside_baselines=self.spent is None)
-
-    @property
-    def _is_spent(self) -> bool:
-        """Whether a budget is: without its baselines a sweep is worth nothing, so they run in any case."""
-        return self.spent is not None and self.schedule.has_baselines
+        if self._slots is not None and self.schedule.under_way > self._slots:
+            return Nothing.YET
+        if self.spent is not None:  # without its baselines a sweep is worth nothing, so they run in any case
+            return self.schedule.next_baseline()
+        return self.schedule.next(beside_baselines=True)
 
     def _check_budget(self) -> None:
         """Once spent, always spent. A front that grows no longer ends the sampling; front seeds still run."""

@@ -108,20 +108,27 @@ class Schedule:
         started = any(trial in self._given or trial in self._ended for trial in trials)
         return started or (self._has_baselines(task) and self._search(task).asked(number))
 
-    def next(self, beside_baselines: bool = False) -> TrialSpec | Nothing:
-        """Return the next trial to start; each is given out once.
-
-        Args:
-            beside_baselines: Whether sampled trials may be given out before the baselines of their task have ended, in
-                a sweep that can make use of them without. They are to be begun once the trial has begun to train that
-                :meth:`behind` names.
-        """
-        blocked = False
+    def next_baseline(self) -> TrialSpec | Nothing:
+        """Return the next baseline to start; ``MORE`` once all have ended."""
         for index, (task, seed) in enumerate(self.baselines):
             trial = trial_id(index)
             if trial not in self._ended and trial not in self._given:
                 self._given.add(trial)
                 return resolve_baseline(self.spec, trial, task, seed, self._baseline_id(task))
+        return Nothing.YET if not self.has_baselines else Nothing.MORE
+
+    def next(self, beside_baselines: bool = False) -> TrialSpec | Nothing:
+        """Return the next trial to start; each is given out once.
+
+        Args:
+            beside_baselines: Whether sampled trials may be given out before the baselines of their task have ended, in
+                a sweep that can make use of them without. They are to be begun once those train that :meth:`behind`
+                names.
+        """
+        baseline = self.next_baseline()
+        if isinstance(baseline, TrialSpec):
+            return baseline
+        blocked = False
         lost = self.failed_tasks
         while self._order and not (self._order[0][1] not in lost and self._to_start(*self._order[0])):
             self._order.popleft()
@@ -154,12 +161,12 @@ class Schedule:
         search, own_reference = self.spec.search, self.spec.reference.point != REFERENCE
         return not (search.path or search.scheduler != "none" or self._shared or own_reference)
 
-    def behind(self, trial: TrialSpec) -> str:
-        """Name the baseline that has to train before a trial is begun; an empty text for none, or if it has ended."""
-        if trial.baseline or (trial.task, trial.seed) not in self.baselines:
-            return ""
-        baseline = trial_id(self.baselines.index((trial.task, trial.seed)))
-        return "" if baseline in self._ended else baseline
+    def behind(self, trial: TrialSpec) -> list[str]:
+        """Name the baselines that have to train before a trial is begun: those of its task that have not ended."""
+        if trial.baseline:
+            return []
+        mine = [trial_id(index) for index, (task, _) in enumerate(self.baselines) if task == trial.task]
+        return [baseline for baseline in mine if baseline not in self._ended]
 
     def abandoned(self, trial: str) -> None:
         """Take note of a trial that was given out and will not run."""
@@ -263,7 +270,7 @@ class Schedule:
         ids = [self._id(each, number, place) for each in tasks for place in range(len(self._seeds))]
         baselines = [self._baseline(each, seed) for each in tasks for seed in self._seeds]
         known = [record for record in baselines if record is not None]
-        if all(trial in self._ended for trial in ids) and len(known) == len(baselines):
+        if ids and all(trial in self._ended for trial in ids) and len(known) == len(baselines):
             self._search(task).point(number)
             self._search(task).tell(number, [self._ended[trial] for trial in ids], known)
 

@@ -36,10 +36,10 @@ class ScheduleSearcher(_StaysHere, Searcher):
 
     Args:
         next_trial: Returns the next trial, or why there is none.
-        behind: Tells of a trial which other one has to train before it is begun; an empty text for none.
+        behind: Tells of a trial which others have to train before it is begun.
     """
 
-    def __init__(self, next_trial: Callable[[], TrialSpec | Nothing], behind: Callable[[TrialSpec], str]) -> None:
+    def __init__(self, next_trial: Callable[[], TrialSpec | Nothing], behind: Callable[[TrialSpec], list[str]]) -> None:
         super().__init__(metric=None, mode=None)
         self._next_trial, self._behind = next_trial, behind
 

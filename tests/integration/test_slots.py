@@ -110,6 +110,8 @@ def test_trials_at_once_leave_the_records_of_trials_one_by_one(
     found = by_trial(tmp_path / "run")
     check_records(found, undisturbed)
     assert (at_once(undisturbed), at_once(found)) == (1, 3)
+    third = min(found[trial]["started_at"] for trial in ("t0002", "t0003"))
+    assert third < min(found[trial]["ended_at"] for trial in ("t0000", "t0001")), "a free slot waited for a baseline"
 
 
 def test_a_host_finds_out_how_many_trials_it_takes(

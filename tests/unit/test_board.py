@@ -123,7 +123,7 @@ def test_forget_drops_rows_of_ended_trials_only() -> None:
     assert len(board.rows("a", 0)) == 1
     board.add_row("a", 1, END, 0.0)
     board.forget("a")
-    assert board.rows("a", 0) == []
+    assert board.rows("a", 0) == [END], "whoever asks again, started anew, learns that it has ended"
 
 
 def test_a_question_of_workers_that_are_gone_takes_no_trial() -> None:
@@ -281,7 +281,7 @@ def test_what_a_host_has_no_room_for_is_the_next_again() -> None:
 
 def test_what_waits_behind_a_trial_is_given_out_once_that_one_trains() -> None:
     board = Board()
-    board.submit("point", "point", behind="baseline")
+    board.submit("point", "point", behind=["baseline"])
     assert board.claim("h0", 0) is None, "its baseline is not even here"
     board.submit("baseline", "baseline")
     board.submit("other", "other")
@@ -294,10 +294,25 @@ def test_what_waits_behind_a_trial_is_given_out_once_that_one_trains() -> None:
     assert claimed(board, "h2") == ("point", 1), "it has been seen to train"
 
 
+def test_every_trial_that_is_waited_for_has_to_train() -> None:
+    board = Board()
+    board.submit("point", "point", behind=["one", "two"])
+    for name in ("one", "two"):
+        board.submit(name, name)
+        assert claimed(board, "h0") == (name, 1)
+    assert board.add_row("one", 1, {"kind": "train", "step": 1}, 0.0)
+    assert board.claim("h0", 0) is None
+    assert board.add_row("two", 1, {"kind": "train", "step": 1}, 0.0)
+    assert claimed(board, "h0") == ("point", 1)
+    assert board.add_row("two", 1, {"kind": "end", "status": "failed"}, 0.0)
+    board.give_back("point", 1)
+    assert [row["status"] for row in board.rows("point", 0)] == ["abandoned"]
+
+
 def test_a_baseline_that_completes_without_a_row_lets_on_who_waits_behind_it() -> None:
     board = Board()
     board.submit("baseline", "baseline")
-    board.submit("point", "point", behind="baseline")
+    board.submit("point", "point", behind=["baseline"])
     assert claimed(board, "h0") == ("baseline", 1)
     assert board.add_row("baseline", 1, END, 0.0)
     board.forget("baseline")
@@ -308,28 +323,46 @@ def test_a_baseline_that_completes_without_a_row_lets_on_who_waits_behind_it() -
 def test_who_waits_behind_what_fails_is_abandoned(status: str) -> None:
     board = Board()
     board.submit("baseline", "baseline")
-    for name, behind in (("runs", "baseline"), ("waits", "baseline"), ("other", "")):
+    for name, behind in (("runs", ["baseline"]), ("waits", ["baseline"]), ("other", [])):
         board.submit(name, name, behind)
     assert claimed(board, "h0") == ("baseline", 1)
     assert board.add_row("baseline", 1, {"kind": "train", "step": 1}, 0.0)
     assert claimed(board, "h1") == ("runs", 1)
     assert board.add_row("baseline", 1, {"kind": "end", "status": status}, 0.0)
-    board.submit("late", "late", behind="baseline")
+    board.submit("late", "late", behind=["baseline"])
     for name in ("waits", "late"):
         (row,) = board.rows(name, 0)
         assert row == {
             "kind": "end",
             "status": "abandoned",
-            "cause": f"baseline, which it waits for, ended as {status}",
+            "cause": f"it waited for what has failed: baseline ended as {status}",
         }
     assert claimed(board, "h0") == ("other", 1)
     assert board.add_row("runs", 1, END, 0.0), "who trains already goes on to its end"
 
 
+@pytest.mark.parametrize("begun", ["not submitted", "waits", "given back"])
+def test_who_waits_behind_what_is_cancelled_is_abandoned(begun: str) -> None:
+    """Tune may give up a baseline of its own accord, whatever has become of it here."""
+    board = Board()
+    board.submit("point", "point", behind=["baseline"])
+    if begun != "not submitted":
+        board.submit("baseline", "baseline")
+    if begun == "given back":
+        assert claimed(board, "h0") == ("baseline", 1)
+    board.cancel("baseline")
+    if begun == "given back":
+        assert board.rows("point", 0) == []
+        board.give_back("baseline", 1)
+    assert [row["status"] for row in board.rows("point", 0)] == ["abandoned"]
+    board.submit("baseline", "baseline")
+    assert board.claim("h0", 0) is None
+
+
 def test_who_waits_behind_a_trial_that_costs_hosts_is_abandoned_with_it() -> None:
     board = Board()
     board.submit("baseline", "baseline")
-    board.submit("point", "point", behind="baseline")
+    board.submit("point", "point", behind=["baseline"])
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert claimed(board, "h0", attempt - 1) == ("baseline", attempt)
         board.release("h0", "killed", now=0.0)

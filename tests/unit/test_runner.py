@@ -20,8 +20,8 @@ def sweep_of(slots: int | None, under_way: int) -> Any:
     sweep.books = SimpleNamespace(misplaced_reference=list, live=SimpleNamespace(slots=0))
     sweep.schedule = SimpleNamespace(
         under_way=under_way,
-        has_baselines=True,
-        next=lambda *, beside_baselines: "a trial" if beside_baselines else "a baseline",
+        next=lambda *, beside_baselines: "a trial" if beside_baselines else None,
+        next_baseline=lambda: "a baseline",
     )
     return sweep
 
@@ -37,10 +37,8 @@ def test_one_trial_more_is_asked_for_than_hosts_take(slots: int | None, under_wa
 
 def test_a_spent_budget_leaves_baselines_and_nothing_beside_them() -> None:
     sweep = sweep_of(2, 0)
-    sweep.spent, sweep.schedule.has_baselines = "budget.steps = 1 is spent", False
+    sweep.spent = "budget.steps = 1 is spent"
     assert sweep._next_trial() == "a baseline"
-    sweep.schedule.has_baselines = True
-    assert sweep._next_trial() is Nothing.MORE
 
 
 def test_hosts_that_have_not_told_take_one() -> None:

@@ -140,13 +140,13 @@ def test_sampled_trials_may_be_given_out_behind_a_baseline_that_trains(tmp_path:
     given = [schedule.next(beside_baselines=True) for _ in range(6)]
     assert all(isinstance(trial, TrialSpec) for trial in given)
     trials = [trial for trial in given if isinstance(trial, TrialSpec)]
-    assert [schedule.behind(trial) for trial in trials] == ["", "", "", "", "t0000", "t0001"]
+    assert [schedule.behind(trial) for trial in trials] == [[], [], [], [], ["t0000", "t0001"], ["t0000", "t0001"]]
     assert trials == run(Schedule(spec, tmp_path / "in-turn", []), 6)
     for trial in trials[4:]:
         schedule.ended(ended(trial))
     assert [trial.state for trial in told(tmp_path / "early", "nano-sentiment")][:1] == [TrialState.RUNNING]
     schedule.ended(ended(trials[0]))
-    assert [schedule.behind(trial) for trial in trials[4:]] == ["", "t0001"]
+    assert [schedule.behind(trial) for trial in trials[4:]] == [["t0001"], ["t0001"]]
     assert [trial.state for trial in told(tmp_path / "early", "nano-sentiment")][:1] == [TrialState.RUNNING]
     schedule.ended(ended(trials[1]))
     mine, other = (told(tmp_path / name, "nano-sentiment")[0] for name in ("early", "in-turn"))
@@ -204,6 +204,17 @@ def test_who_judges_by_baselines_or_starts_from_them_waits_for_their_end(
     assert schedule.next(beside_baselines=True) is Nothing.YET
     schedule.ended(ended(baseline))
     assert isinstance(schedule.next(beside_baselines=True), TrialSpec)
+
+
+def test_baselines_can_be_asked_for_alone(tmp_path: Path) -> None:
+    schedule = Schedule(make_spec(), tmp_path, [])
+    first, second = schedule.next_baseline(), schedule.next_baseline()
+    assert isinstance(first, TrialSpec)
+    assert isinstance(second, TrialSpec)
+    schedule.ended(ended(first))
+    assert schedule.next_baseline() is Nothing.YET
+    schedule.ended(ended(second))
+    assert schedule.next_baseline() is Nothing.MORE
 
 
 def test_an_abandoned_trial_is_waited_for_no_longer(tmp_path: Path) -> None:
