@@ -1,13 +1,14 @@
 """How long a sweep of 32 small trials takes: with so many slots a host, and as one ``TorchTrainer.fit()`` per trial.
 
-    python benchmarks/makespan.py [--shape nano|base] [--trials 32] [--slots 1,2,4,8]
+    python benchmarks/makespan.py [--shape nano|base] [--trials 32] [--slots 1,2,4,8] [--fits 32]
 
 NF4, one task, one worker, all of it in one run on two cores: of the embedded model, whose worker computes on one of
 them and leaves the other to Ray (it takes as long on both), or of one of a shape of Flan-T5 with random weights and
 batches of 4 x 64 tokens, on both. A sweep is the whole command, from the start of Ray to the report; fits are one after
-the other in one Ray, each with its own process, base and evaluation, and without records, fronts or plots. With one
-slot a sweep is a warm host that runs one trial at a time. Tokens are those that trials train on; memory is the most
-that a process that trains has taken, with all trials that it trained at once.
+the other in one Ray, each with its own process, base and evaluation, and without records, fronts or plots. Where fewer
+fits are run than trials, their makespan is the mean of one times the trials. With one slot a sweep is a warm host that
+runs one trial at a time. Tokens are those that trials train on; memory is the most that a process that trains has
+taken, with all trials that it trained at once.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ resources: {hosts: 1, cpus_per_worker: 1}
 OF_SHAPE = (
     ("train_examples: 400, validation_examples: 64", "train_examples: 64, validation_examples: 8, PADDED"),
     ("PADDED", "padding: max_length, max_source_tokens: 64"),
-    ("steps: 20", "steps: 5"),
+    ("steps: 20", "steps: 8"),
     ("cpus_per_worker: 1", "cpus_per_worker: 2"),
 )
 
@@ -104,8 +105,8 @@ def sweep(text: str, trials: int, slots: int) -> dict[str, Any]:
     return {"slots": slots, "makespan_s": seconds, "first_trial_to_last_s": last - first, "peak_gib": peak}
 
 
-def one_fit_per_trial(text: str, trials: int) -> dict[str, Any]:
-    """Train as many trials with one Ray Train run each; returns the seconds of each, and the memory."""
+def one_fit_per_trial(text: str, trials: int, fits: int) -> dict[str, Any]:
+    """Train so many trials with one Ray Train run each; returns the makespan of all, seconds of each, and memory."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -118,7 +119,7 @@ def one_fit_per_trial(text: str, trials: int) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             peak = Path(folder) / "peak"
-            for number in range(trials):
+            for number in range(fits):
                 TorchTrainer(
                     partial(train_one, text, peak),
                     train_loop_config={"number": number},
@@ -131,7 +132,7 @@ def one_fit_per_trial(text: str, trials: int) -> dict[str, Any]:
                 began = time.perf_counter()
     finally:
         ray.shutdown()
-    return {"makespan_s": sum(seconds), "each_s": seconds, "peak_gib": max(peaks)}
+    return {"makespan_s": sum(seconds) / fits * trials, "each_s": seconds, "peak_gib": max(peaks)}
 
 
 def train_one(text: str, peak: Path, config: dict[str, Any]) -> None:
@@ -158,12 +159,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=[NANO, *SHAPES], default=NANO)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--slots", default="1,2,4,8")
+    parser.add_argument("--fits", type=int, help="how many of the trials to run as a fit each; all if not given")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = spec_text(given.shape, Path(folder))
         tokens = tokens_of_a_trial(parsed(text))
         sweeps = [sweep(text, given.trials, int(slots)) for slots in given.slots.split(",")]
-        fits = one_fit_per_trial(text, given.trials)
+        fits = one_fit_per_trial(text, given.trials, given.fits or given.trials)
         shown = text.replace(folder, "").strip().splitlines()
     for each in (*sweeps, fits):
         each["tokens_per_s"] = given.trials * tokens / each["makespan_s"]
@@ -176,7 +178,10 @@ def main() -> None:
             "sweeps": [{**each, "one_slot_over_this": one / each["makespan_s"]} for each in sweeps],
             "fits": fits,
             "sweep_over_fits": {str(each["slots"]): each["makespan_s"] / fits["makespan_s"] for each in sweeps},
-            "aims": {"sweep_over_fits": "at most 1/8, of the embedded model"},
+            "aims": {
+                "sweep_over_fits": "at most 1/8, of the embedded model",
+                "one_slot_over_this": "at least 1.4 of Flan-T5-base's shape, four slots",
+            },
         },
     )
 
