@@ -8,6 +8,7 @@ runs one trial at a time, and all slots step in one pass. For ``routing``, four 
 step in one pass, and one slot with the whole batch; each round puts them on the base anew. Ratios are taken within a
 round. Peak memory of the last step is stored: on a GPU of torch's allocator, on a CPU of the process.
 
+The makespan of a whole sweep is in makespan.py, as it takes Ray: one slot, several, and one fit per trial in one run.
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
 """
 

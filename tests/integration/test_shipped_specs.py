@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 
 from tests.integration.sweeps import ROOT, mlflow_runs, records, sweep
@@ -57,6 +58,8 @@ def overrides(*settings: str) -> list[str]:
 def test_all_shipped_specs_are_here() -> None:
     shipped = {file.name for file in (ROOT / "search_spaces").glob("*.yaml")}
     assert shipped == {"quickstart.yaml", "glue.yaml", "squad.yaml", "glue_roberta.yaml"}
+    quickstart = yaml.safe_load((ROOT / "search_spaces" / "quickstart.yaml").read_text())
+    assert quickstart["resources"]["slots_per_host"] == "auto"
 
 
 @pytest.mark.parametrize(

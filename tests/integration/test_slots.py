@@ -121,6 +121,7 @@ def test_a_host_finds_out_how_many_trials_it_takes(
     done = sweep(spec, tmp_path / "run", "--set", "resources.slots_per_host=auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 trials at once (at most, by memory; each host finds out)" in done.stdout
+    assert "\nslots   up to " in done.stdout
     found = by_trial(tmp_path / "run")
     check_records(found, undisturbed)
     assert 2 <= at_once(found) <= 8

@@ -353,20 +353,24 @@ def test_trials_that_are_stopped_leave_the_others_as_they_are(
     assert max(passes) == 4
 
 
-def test_a_trial_that_diverges_ends_alone(mixed: list[TrialSpec], serve: Serve, alone: Alone) -> None:
-    """Its losses are no numbers from its second step on; the others have the very rows of a host without it."""
-    wild = mixed[1].model_copy(
-        update={
-            "trial": "wild",
-            "train": mixed[1].train.model_copy(update={"learning_rate": 1e30, "warmup_share": 0.0}),
-        }
-    )
+@pytest.mark.parametrize(
+    ("train", "status", "cause"),
+    [
+        ({"learning_rate": 1e30, "warmup_share": 0.0}, "diverged", "not finite"),
+        ({"max_time_s": 1e-6}, "failed", "train.max_time_s: 1e-06 s are over after step 1 of 4"),
+    ],
+)
+def test_a_trial_that_diverges_or_is_out_of_time_ends_alone(
+    mixed: list[TrialSpec], serve: Serve, alone: Alone, train: dict[str, float], status: str, cause: str
+) -> None:
+    """The others have the very rows of a host without it."""
+    wild = mixed[1].model_copy(update={"trial": "wild", "train": mixed[1].train.model_copy(update=train)})
     others = [mixed[0], mixed[2], mixed[5]]
     want = alone(*others)
     beside = serve(Inbox(others[0], wild, *others[1:]), 4, "beside")
 
-    assert end_of(beside, wild)["status"] == "diverged"
-    assert "not finite" in end_of(beside, wild)["cause"]
+    assert end_of(beside, wild)["status"] == status
+    assert cause in end_of(beside, wild)["cause"]
     for trial in others:
         check_equal(beside, want, trial)
 
@@ -732,7 +736,7 @@ def test_full_slots_leave_nothing_on_the_base(base: Base, mixed: list[TrialSpec]
 
 
 #: Slots of two workers' hosts, one after the other; in the last one memory of worker 1 holds passes of two.
-HOSTS = {"one": 1, "two": 2, "eight": 8, "short": 4}
+HOSTS = {"one": 1, "two": 2, "four": 4, "eight": 8, "short": 4}
 #: Who is served by the last.
 SHORT = ("plain", "parts", "question", "scaled")
 
@@ -780,12 +784,13 @@ def two_workers(
 
     def changed(trial: TrialSpec, name: str, **sections: dict[str, Any]) -> TrialSpec:
         train = {"learning_rate": 1e-3, **sections.pop("train", {})}
+        deft = {"epsilon": 1e-2, **sections.pop("deft", {})}
         return trial.model_copy(
             update={
                 "trial": name,
                 "model": trial.model.model_copy(update={"quantization": request.param}),
                 "train": trial.train.model_copy(update=train),
-                "deft": trial.deft.model_copy(update={"epsilon": 1e-2}),
+                "deft": trial.deft.model_copy(update=deft),
                 **{section: getattr(trial, section).model_copy(update=leaves) for section, leaves in sections.items()},
             }
         )
@@ -800,6 +805,8 @@ def two_workers(
         changed(mixed[4], "question", train={"zero_stage": 2}),
         changed(mixed[3], "scaled"),
         changed(mixed[6], "scaled too", train={"batch_size": 4, "zero_stage": 2}),
+        changed(mixed[2], "narrow", train={"steps": 4}),
+        changed(mixed[7], "wide", train={"batch_size": 4}, deft={"epsilon": 1e-1}),
         changed(mixed[2], "sharded", train={"zero_stage": 3}),
     ]
     folder = tmp_path_factory.mktemp("workers")
@@ -814,7 +821,7 @@ def seen(folder: Path, name: str) -> tuple[Inbox, tuple[list[int], list[int]]]:
     return inbox, (leading, torch.load(folder / f"{name}-1.pt", weights_only=False)[2])
 
 
-@pytest.mark.parametrize(("name", "slots"), [("two", 2), ("eight", 8)])
+@pytest.mark.parametrize(("name", "slots"), [("two", 2), ("four", 4), ("eight", 8)])
 def test_two_workers_with_slots_leave_what_they_leave_with_one(
     two_workers: tuple[list[TrialSpec], Path], name: str, slots: int
 ) -> None:
@@ -828,7 +835,9 @@ def test_two_workers_with_slots_leave_what_they_leave_with_one(
         if trial.trial != "wild":
             check_equal(several, one, trial, looser=100)
     assert {trial.trial: end_of(several, trial)["status"] for trial in trials} == {
-        **dict.fromkeys(("plain", "parts", "question", "scaled", "scaled too", "sharded"), "complete"),
+        **dict.fromkeys(
+            ("plain", "parts", "question", "scaled", "scaled too", "narrow", "wide", "sharded"), "complete"
+        ),
         "stopped": "stopped",
         "wild": "diverged",
         "lost": "failed",

@@ -11,6 +11,7 @@ import torch
 
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.cost import PassCost, Size
+from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.host import load_task
 from deft_ray.train.pack import Pack
 from deft_ray.train.random_state import Draws, seed_everything, seeded
@@ -25,23 +26,29 @@ def one_by_one(_self: PassCost, sizes: Sequence[Size]) -> list[list[int]]:
     return [[place] for place in range(len(sizes))]
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_slot_that_passes_alone_drops_what_it_drops_by_itself(
-    trial: Trial, base_of: Any, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trial: Trial, base_of: Any, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
-    """Beside one that comes after its first step and is evaluated in between, and over a save and a load beside it."""
+    """The base's dropout and LoRA's: losses, adapter, score and density are those of the trial by itself.
+
+    Beside one that comes after its first step and is evaluated in between, and over a save and a load beside it.
+    """
     monkeypatch.setattr(PassCost, "groups", one_by_one)
-    first = trial("dry-t5", "sst2", adapter__lora_dropout=0.3)
-    second = trial("dry-t5", "mrpc", trial="t0001", seed=7, adapter__lora_dropout=0.1, adapter__r=2)
+    how = {"model__quantization": quantization, "train__learning_rate": 1e-3}
+    first = trial("t5", "sst2", adapter__lora_dropout=0.3, **how)
+    second = trial("t5", "mrpc", trial="t0001", seed=7, adapter__lora_dropout=0.1, adapter__r=2, **how)
     base = base_of(first)
     pack = Pack(base)
 
     def join(spec: TrialSpec) -> Slot:
         return Slot(spec, base, load_task(spec.task, spec.data, base), ranks, pack=pack)
 
-    want = []
+    want, ends = [], []
     for spec in (first, second):
         alone = new_slot(spec, base, ranks)
         want.append(run(alone, 3))
+        ends.append(end_of(alone))
         alone.close()
     slots = [join(first)]
     got = [run(slots[0], 1), []]
@@ -56,9 +63,24 @@ def test_a_slot_that_passes_alone_drops_what_it_drops_by_itself(
         slots[0] = join(first)
         slots[0].load(tmp_path)
     got[1] += run(slots[1], 1)
-    for slot in slots:
+    for slot, (adapter, found) in zip(slots, ends, strict=True):
+        learnt, mine = end_of(slot)
+        assert float((learnt - adapter).norm() / adapter.norm()) < 1e-3
+        assert mine.scores == pytest.approx(found.scores, abs=1e-6)
+        assert mine.counts.density() == pytest.approx(found.counts.density(), rel=1e-4)
         slot.close()
     assert got == [pytest.approx(losses, rel=1e-5) for losses in want]
+
+
+def end_of(slot: Slot) -> tuple[torch.Tensor, Evaluation]:
+    """What a slot has learnt, LoRA's B, which begins at zero; and what its evaluation finds."""
+    found = slot.evaluate()
+    learnt = [
+        value.detach().reshape(-1).clone()
+        for name, value in slot.model.named_parameters()
+        if "lora_B" in name and slot.seat.name in name.split(".")
+    ]
+    return torch.cat(learnt), found
 
 
 def test_streams_are_drawn_from_apart() -> None:

@@ -515,9 +515,19 @@ def test_the_fused_block_trains_as_stock_with_the_tanh_gelu(
     assert type(base_of(spec).sites[0].module).__name__ == "NewGELUActivation"
 
 
-@pytest.mark.parametrize(("name", "stage"), [("dry-t5", 0), ("dry-t5", 2), ("bert", 1), ("dry-t5", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage", "quantization"),
+    [
+        ("dry-t5", 0, "none"),
+        ("dry-t5", 2, "none"),
+        ("bert", 1, "none"),
+        ("dry-t5", 3, "none"),
+        ("dry-t5", 2, "nf4"),
+        ("bert", 0, "nf4"),
+    ],
+)
 def test_layer_scales_train_within_bounds_and_reach_zero(
-    trial: Trial, open_slot: Any, tmp_path: Path, name: str, stage: int
+    trial: Trial, open_slot: Any, tmp_path: Path, name: str, stage: int, quantization: str
 ) -> None:
     spec = trial(
         name,
@@ -526,6 +536,7 @@ def test_layer_scales_train_within_bounds_and_reach_zero(
         deft__alpha=50.0,
         deft__lambda_learning_rate=0.2,
         deft__lambda_init=0.5,
+        model__quantization=quantization,
         train__steps=14,
         train__zero_stage=stage,
         train__schedule="constant",

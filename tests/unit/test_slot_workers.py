@@ -45,6 +45,7 @@ CASES: tuple[Case, ...] = (
     ("t5", "lora", "mrpc", 3, CHECKPOINTING),
     ("t5", "lora", "squad", 2, SINGLES | CHECKPOINTING),
     ("t5", "lora", "mrpc", 2, NF4),
+    ("t5", "lora", "mrpc", 2, NF4 | ADAPTIVE),
     ("t5", "lora", "mrpc", 3, NF4 | CHECKPOINTING),
     ("t5", "lora", "mrpc", 2, BF16 | SINGLES),
     ("t5", "bottleneck", "mrpc", 1, SINGLES),
