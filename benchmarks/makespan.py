@@ -51,7 +51,7 @@ resources: {hosts: 1, cpus_per_worker: 1}
 #: Of a shape with random weights: fewer steps, as each takes seconds, and sources of 64 tokens.
 OF_SHAPE = (
     ("train_examples: 400, validation_examples: 64", "train_examples: 64, validation_examples: 8, PADDED"),
-    ("PADDED", "padding: max_length, max_source_tokens: 64"),
+    ("PADDED", "padding: max_length, max_source_tokens: 64, max_target_tokens: 4"),
     ("steps: 20", "steps: 8"),
     ("cpus_per_worker: 1", "cpus_per_worker: 2"),
 )
@@ -82,10 +82,11 @@ def tokens_of_a_trial(spec: SweepSpec) -> float:
     """Tokens that a trial trains on, about: of the mean example, its answer too, as long as it is padded to."""
     base = load_base(spec.model.name, "t5", quantization="none", dtype="float32")
     train = load_task(spec.data.tasks[0], spec.data, base).train
-    least = spec.data.max_source_tokens if spec.data.padding == "max_length" else 0
-    lengths = [*(max(length, least) for length in source_lengths(train)), *target_lengths(train)]
+    sources, targets = source_lengths(train), target_lengths(train)
+    if spec.data.padding == "max_length":
+        sources, targets = ([most] * len(train) for most in (spec.data.max_source_tokens, spec.data.max_target_tokens))
     assert spec.train.steps is not None
-    return spec.train.steps * spec.train.batch_size * sum(lengths) / len(train)
+    return spec.train.steps * spec.train.batch_size * sum((*sources, *targets)) / len(train)
 
 
 def sweep(text: str, trials: int, slots: int) -> dict[str, Any]:
