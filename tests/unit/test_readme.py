@@ -134,6 +134,17 @@ def test_memory_of_slots_is_what_was_measured() -> None:
     assert figures("peak memory per trial, eight slots")[4:] == wanted
 
 
+def test_the_makespan_of_a_larger_shape_is_what_was_measured() -> None:
+    found = result("makespan_base")
+    (one, four), fits = found["sweeps"], found["fits"]
+    assert [one["slots"], four["slots"], len(fits["each_s"])] == [1, 4, 8]
+    wanted = [round(one["makespan_s"]), round(four["makespan_s"]), round(four["one_slot_over_this"], 2), 1.4]
+    wanted += [round(fits["makespan_s"]), 8, round(found["sweep_over_fits"]["4"], 2)]
+    wanted += [round(one["peak_gib"], 1), round(four["peak_gib"], 1)]
+    # "8 steps", "Flan-T5", "NF4" and "4 x 64" have figures of their own
+    assert figures(f"a sweep of {found['trials']} trials of")[5:] == wanted
+
+
 def test_a_sweeps_makespan_is_what_was_measured() -> None:
     found = result("makespan")
     seconds = [round(each["makespan_s"]) for each in found["sweeps"]]
