@@ -109,7 +109,7 @@ class Schedule:
         return started or (self._has_baselines(task) and self._search(task).asked(number))
 
     def next_baseline(self) -> TrialSpec | Nothing:
-        """Return the next baseline to start; ``MORE`` once all have ended."""
+        """Return the next baseline to start; ``YET`` while the last ones train, ``MORE`` once all have ended."""
         for index, (task, seed) in enumerate(self.baselines):
             trial = trial_id(index)
             if trial not in self._ended and trial not in self._given:
