@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deft_ray.density.approximations import L1, Approximation, add_slope
+from deft_ray.density.approximations import L1, Approximation, add_shared_slope, add_slope
 from deft_ray.density.rows import Rows
 
 _log = logging.getLogger(__name__)
@@ -86,10 +86,13 @@ class Injection:
     Args:
         approximation: Smooth indicator.
         weight_N: Weight of each row's slopes, float32; 0 at padding.
+        slope_F: Slope that all rows share, float32, where the loss is of the feature map; None where each activation
+            has its own.
     """
 
     approximation: Approximation
     weight_N: Tensor  # noqa: N815
+    slope_F: Tensor | None = None  # noqa: N815
 
 
 #: What to inject into the rows of a pass, which follow on each other; empty for nothing at all.
@@ -203,14 +206,15 @@ def _backward(
 def _backward_of_rows(
     grad: Tensor, pre: Tensor, linear: Tensor | None, formula: Formula | None, injection: Injection | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for the rows of one density loss, or of none; on a GPU with a loss in one kernel."""
-    if injection is not None and (kernel := _kernel_for(grad)) is not None:
+    """The same for the rows of one density loss, or of none; on a GPU with a loss of each activation in one kernel."""
+    own_slopes = injection is not None and injection.slope_F is None
+    if injection is not None and own_slopes and (kernel := _kernel_for(grad)) is not None:
         name = "identity" if formula is None else formula.name
         gradients: tuple[Tensor, Tensor | None] = kernel.backward(
             grad, pre, linear, injection.weight_N, injection.approximation, name
         )
         return gradients
-    act = pre if formula is None or (linear is None and injection is None) else formula.forward(pre)
+    act = pre if formula is None or (linear is None and not own_slopes) else formula.forward(pre)
     upper = grad if linear is None else grad * linear
     if injection is not None:
         upper = _injected(upper, act, injection)
@@ -219,6 +223,8 @@ def _backward_of_rows(
 
 def _injected(grad: Tensor, act: Tensor, injection: Injection) -> Tensor:
     width = act.shape[-1]
+    if injection.slope_F is not None:
+        return add_shared_slope(grad.reshape(-1, width), injection.slope_F, injection.weight_N).view(grad.shape)
     rows = add_slope(injection.approximation, grad.reshape(-1, width), act.reshape(-1, width), injection.weight_N)
     return rows.view(grad.shape)
 

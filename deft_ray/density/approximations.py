@@ -263,6 +263,20 @@ def add_slope(approximation: Approximation, grad_NF: Tensor, act_NF: Tensor, wei
     return out_NF
 
 
+def add_shared_slope(grad_NF: Tensor, slope_F: Tensor, weight_N: Tensor) -> Tensor:
+    """Return ``grad + weight x slope``, computed in float32 and given in the gradient's dtype.
+
+    Args:
+        grad_NF: Incoming gradient; not changed.
+        slope_F: Slope of each neuron, the same in all rows, float32.
+        weight_N: Weight of each row, float32.
+    """
+    out_NF = torch.empty_like(grad_NF)
+    for part in chunks(grad_NF):
+        out_NF[part] = torch.addcmul(grad_NF[part].float(), weight_N[part].unsqueeze(1), slope_F)
+    return out_NF
+
+
 def _require_positive_beta(beta: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta must be above 0 (got {beta!r})")

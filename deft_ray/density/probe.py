@@ -5,7 +5,12 @@ The density loss of a batch is, for each side (encoder, decoder) with weight α_
 .. math:: \\alpha_{side} \\frac{1}{L} \\sum_l \\lambda_l \\frac{1}{N F} \\sum_{real tokens, f} s(a_{l,t,f})
 
 (Runwal et al., arXiv:2402.01911, Eq. 6, 8 and 9, over real tokens; the authors' code counts padding too). λ is the
-layer scale of ADA-DEFT where there is one, and 1 elsewhere. How its gradient comes about:
+layer scale of ADA-DEFT where there is one, and 1 elsewhere. Where it is of the feature map, each neuron's mean over the
+real tokens of the pass, the inner mean is
+
+.. math:: \\frac{1}{F} \\sum_f s\\left(\\frac{1}{N} \\sum_{real tokens} a_{l,t,f}\\right)
+
+with one slope per neuron for all tokens (the paper's words; docs/method.md). How its gradient comes about:
 :mod:`deft_ray.density.activation`.
 
 Shape suffixes: B batch, T tokens, F d_ff, N rows (B times T).
@@ -22,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from deft_ray.density.activation import Injection, Injections, MlpActivation
-from deft_ray.density.approximations import Approximation
+from deft_ray.density.approximations import Approximation, slope
+from deft_ray.density.chunks import chunks
 from deft_ray.density.counts import Counter, require_rows
 from deft_ray.density.rows import Rows
 from deft_ray.density.scales import LayerScales
@@ -40,6 +46,7 @@ class Penalty:
         measure: Whether to compute the smooth density too, for reports.
         scales: Layer scales of ADA-DEFT, already on the model; None without.
         rows: Whose rows of the pass these are; masks and densities are of them alone.
+        feature_map: Whether the loss is of each neuron's mean over the tokens that count, not of each activation.
     """
 
     approximation: Approximation
@@ -48,6 +55,7 @@ class Penalty:
     measure: bool = False
     scales: LayerScales | None = None
     rows: Rows = field(default_factory=Rows)
+    feature_map: bool = False
 
     def __post_init__(self) -> None:
         self._terms: dict[str, Tensor] = {}
@@ -164,19 +172,42 @@ class DensityProbe:
         mask_N = penalty.masks[site.side].reshape(-1).to(torch.float32)
         require_rows(act.reshape(-1, act.shape[-1]), mask_N)
         mean_N = mask_N / (mask_N.sum() * act.shape[-1]).clamp(min=1.0)
+        map_F = _feature_map(act, mean_N) if penalty.feature_map else None
         if penalty.measure or scaled:
             with torch.no_grad():
-                value_N = penalty.approximation.value(act).sum(dim=-1).reshape(-1)
-                penalty._terms[site.name] = density = (value_N * mean_N).sum()
+                penalty._terms[site.name] = density = _smooth_density(penalty.approximation, act, mean_N, map_F)
                 scale = 1.0 if scales is None else scales.value(site.name).squeeze()
                 penalty._scaled[site.name] = density * scale
         if weight == 0.0:
             return None
+        slope_F = None if map_F is None else slope(penalty.approximation, map_F)
         weight /= self._layers[site.side]
         if scales is not None:
             scales.charge(site.name, weight * density)
-            return Injection(penalty.approximation, mean_N * weight * scales.value(site.name))
-        return Injection(penalty.approximation, mean_N * weight)
+            return Injection(penalty.approximation, mean_N * weight * scales.value(site.name), slope_F)
+        return Injection(penalty.approximation, mean_N * weight, slope_F)
+
+
+@torch.no_grad()
+def _feature_map(act: Tensor, mean_N: Tensor) -> Tensor:
+    """Each neuron's mean over the rows that count, (F,), float32.
+
+    Args:
+        act: (..., F) activations.
+        mean_N: 1 / (rows that count x F) at each of them, 0 elsewhere, float32.
+    """
+    act_NF = act.reshape(-1, act.shape[-1])
+    map_F = torch.zeros(act.shape[-1], dtype=torch.float32, device=act.device)
+    for part in chunks(act_NF):
+        map_F += mean_N[part] @ act_NF[part].float()
+    return map_F * act.shape[-1]
+
+
+def _smooth_density(approximation: Approximation, act: Tensor, mean_N: Tensor, map_F: Tensor | None) -> Tensor:
+    """Mean of s over the activations that count, or over the feature map where there is one."""
+    if map_F is not None:
+        return approximation.value(map_F).mean()
+    return (approximation.value(act).sum(dim=-1).reshape(-1) * mean_N).sum()
 
 
 def _mean_of_side(terms: Mapping[str, Tensor], side: str) -> float | None:

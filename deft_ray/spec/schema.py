@@ -106,8 +106,14 @@ class AdapterSection(Section):
 
 
 class DeftSection(Section):
-    """The density loss: task loss + alpha x density, its approximation of "non-zero", and ADA-DEFT's layer scales."""
+    """The density loss: task loss + alpha x density, its approximation of "non-zero", and ADA-DEFT's layer scales.
 
+    Args:
+        loss_of: What the approximation is taken of: each activation, or the feature map, that is each neuron's mean
+            over the tokens of a worker's micro-batch.
+    """
+
+    loss_of: Literal["activations", "feature_map"] = "activations"
     approximation: Literal["auto", "l0", "tanh", "sigmoid", "l1", "l2"] = "auto"
     alpha: Annotated[float, Field(ge=0.0)] = 1.0
     alpha_decoder: Annotated[float, Field(ge=0.0)] | None = None

@@ -289,7 +289,8 @@ class Slot:
         batch = self._collate(step.parts[step.done])
         shares = {side: tokens / step.sizes[side] for side, tokens in batch.tokens.items()}
         weights = {side: step.alpha[side] * share * self.ranks.world for side, share in shares.items()}
-        penalty = Penalty(step.approximation, weights, batch.masks, step.measure, self.scales)
+        feature_map = self.trial.deft.loss_of == "feature_map"
+        penalty = Penalty(step.approximation, weights, batch.masks, step.measure, self.scales, feature_map=feature_map)
         item_share = batch.items / step.sizes["items"]
         step.under_way = penalty, shares, item_share
         return Share(self.seat, batch, penalty, item_share * self.ranks.world)

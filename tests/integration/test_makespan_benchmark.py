@@ -37,6 +37,6 @@ def test_it_stores_what_a_sweep_and_fits_take(tmp_path: Path) -> None:
     assert found["sweep_over_fits"] == {"2": pytest.approx(sweep["makespan_s"] / fits["makespan_s"])}
     for each in (sweep, fits):
         assert 0.2 < each["peak_gib"] < 4
-        # of four trials eight steps of four sources of 64 tokens, and their answers of four
-        assert each["tokens_per_s"] * each["makespan_s"] == pytest.approx(4 * 8 * 4 * (64 + 4))
+        # of four trials twenty steps of four sources of 64 tokens, and their answers of four
+        assert each["tokens_per_s"] * each["makespan_s"] == pytest.approx(4 * 20 * 4 * (64 + 4))
     assert str(tmp_path) not in "".join(found["spec"])

@@ -172,6 +172,7 @@ MIXED: list[dict[str, Any]] = [
         "task": "rte",
         "deft__alpha": 5.0,
         "deft__alpha_decoder": 0.5,
+        "deft__loss_of": "feature_map",
         "deft__epsilon": 1e-2,
         "train__learning_rate": 3e-3,
         "adapter__r": 8,

@@ -105,6 +105,8 @@ def reference(
     weights: Any,
     masks: Any,
     dtype: torch.dtype = torch.float64,
+    *,
+    feature_map: bool = False,
 ) -> dict[str, Tensor]:
     """Gradients of task loss + Σ_side weight x density loss, with the activations kept."""
     model = model.to(dtype)
@@ -113,7 +115,7 @@ def reference(
     loss = model(*(part.to(dtype) for part in inputs))
     for side, mask in masks.items():
         mine = [act for name, act in acts.items() if name.startswith(side)]
-        real = [SMOOTH[kind](act)[mask.bool()] for act in mine]
+        real = [smooth(act, kind, mask, feature_map=feature_map) for act in mine]
         loss = loss + weights[side] * sum(values.mean() for values in real if values.numel()) / max(1, len(mine))
     loss.backward()
     for hook in hooks:
@@ -121,8 +123,16 @@ def reference(
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def smooth(act: Tensor, kind: str, mask: Tensor, *, feature_map: bool) -> Tensor:
+    """The approximation of each activation of the real tokens, or of each neuron's mean over them."""
+    real = act[mask.bool()]
+    return SMOOTH[kind](real.mean(dim=0) if feature_map and len(real) else real)
+
+
 @torch.no_grad()
-def built_densities(model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, masks: Any) -> dict[str, float]:
+def built_densities(
+    model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, masks: Any, *, feature_map: bool = False
+) -> dict[str, float]:
     """Smooth density of each side over its real tokens, mean over layers."""
     acts: dict[str, Tensor] = {}
     hooks = [s.module.register_forward_hook(lambda _m, _i, out, n=s.name: acts.update({n: out})) for s in model.sites]
@@ -131,7 +141,8 @@ def built_densities(model: TwoStacks, inputs: tuple[Tensor, Tensor], kind: str, 
         hook.remove()
     found = {}
     for side, mask in masks.items():
-        real = [SMOOTH[kind](act)[mask.bool()] for name, act in acts.items() if name.startswith(side)]
+        mine = [act for name, act in acts.items() if name.startswith(side)]
+        real = [smooth(act, kind, mask, feature_map=feature_map) for act in mine]
         found[side] = sum(float(values.mean()) for values in real if values.numel()) / max(1, len(real))
     return found
 
@@ -194,17 +205,19 @@ KINDS = [
 ]
 
 
+@pytest.mark.parametrize("feature_map", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS, ids=lambda a: a.kind)
 @pytest.mark.parametrize(("seed", "kind"), list(enumerate(KINDS)))
 def test_injected_gradient_is_that_of_the_built_loss(
-    seed: int, kind: Kind, approximation: Approximation, recompute: str
+    seed: int, kind: Kind, approximation: Approximation, recompute: str, feature_map: bool
 ) -> None:
     model, inputs, masks = build(seed, kind)
     weights = {"encoder": 0.7 + seed, "decoder": 2.5}
 
-    want = reference(twin(model), inputs, approximation.kind, weights, masks)
-    got = probed(twin(model, recompute), inputs, Penalty(approximation, weights, masks))
+    want = reference(twin(model), inputs, approximation.kind, weights, masks, feature_map=feature_map)
+    penalty = Penalty(approximation, weights, masks, feature_map=feature_map)
+    got = probed(twin(model, recompute), inputs, penalty)
 
     assert_gradients_close(got, want, 2e-6)
 
@@ -217,7 +230,7 @@ def test_whatever_the_block_the_loss_the_shapes_and_the_padding(seed: int) -> No
     activation, 2^-9 each, can bend the slope of an approximation by some percent.
     """
     dice = random.Random(seed)
-    kind, approximation = dice.choice(KINDS), dice.choice(APPROXIMATIONS)
+    kind, approximation, feature_map = dice.choice(KINDS), dice.choice(APPROXIMATIONS), dice.random() < 0.4
     model, inputs, masks = build(seed, kind)
     dtype, close = (torch.bfloat16, 0.03) if seed % 5 == 0 else (torch.float32, 2e-6)
     model, inputs = model.to(dtype), (inputs[0].to(dtype), inputs[1].to(dtype))
@@ -228,15 +241,16 @@ def test_whatever_the_block_the_loss_the_shapes_and_the_padding(seed: int) -> No
     weights = {"encoder": dice.choice([0.0, 0.3, 5.0]), "decoder": dice.uniform(0.1, 9.0)}
 
     want, plain = (
-        reference(twin(model), inputs, approximation.kind, weights, masks, precision)
+        reference(twin(model), inputs, approximation.kind, weights, masks, precision, feature_map=feature_map)
         for precision in (torch.float64, dtype)
     )
     recompute = dice.choice(["none", "reentrant", "non-reentrant"])
-    penalty = Penalty(approximation, weights, masks, measure=True)
+    penalty = Penalty(approximation, weights, masks, measure=True, feature_map=feature_map)
     got = probed(twin(model, recompute).to(dtype), inputs, penalty)
 
     assert_gradients_close(got, want, close, plain)
-    for side, density in built_densities(twin(model).double(), inputs, approximation.kind, masks).items():
+    double = twin(model).double()
+    for side, density in built_densities(double, inputs, approximation.kind, masks, feature_map=feature_map).items():
         assert penalty.density(side) == pytest.approx(density, rel=close, abs=close)
 
 
@@ -395,6 +409,25 @@ def test_ranks_with_their_share_average_to_the_whole_batch(tmp_path: Path) -> No
         alone = [reference(twin(model), half, "l0", ALPHAS, mine) for half, mine in halves]
         unweighed = {name: sum(grads[name] for grads in alone) / 2 for name in want}
         assert max(apart(unweighed[name], grad) for name, grad in want.items()) > 0.01, "the shares have to matter"
+
+
+def test_a_feature_map_can_vanish_where_no_activation_does() -> None:
+    """Activations of both signs cancel in a neuron's mean, and the loss of the mean is content with it."""
+    torch.manual_seed(0)
+    model = TwoStacks(3, 4, 1, 1, kind=Kind(nn.Identity))
+    first = model.encoder[0].first
+    assert isinstance(first, nn.Linear)
+    nn.init.zeros_(first.bias)
+    row = torch.randn(1, 1, 3)
+    inputs, masks = (torch.cat([row, -row], dim=1), torch.randn(1, 2, 3)), {side: torch.ones(1, 2) for side in ALPHAS}
+
+    densities = []
+    for feature_map in (False, True):
+        penalty = Penalty(WIDE, {"encoder": 1.0, "decoder": 0.0}, masks, measure=True, feature_map=feature_map)
+        probed(twin(model), inputs, penalty)
+        densities.append(penalty.density("encoder"))
+
+    assert densities == [pytest.approx(0.7, abs=0.3), pytest.approx(0.0, abs=1e-9)]
 
 
 def test_measured_density_is_the_mean_over_layers_of_real_tokens() -> None:

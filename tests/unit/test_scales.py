@@ -17,12 +17,12 @@ from tests.unit.test_families import inputs_of
 from tests.unit.test_probe import (
     APPROXIMATIONS,
     KINDS,
-    SMOOTH,
     WIDE,
     Kind,
     TwoStacks,
     assert_gradients_close,
     build,
+    smooth,
     twin,
 )
 
@@ -39,7 +39,9 @@ def reference(
     inputs: Any,
     weights: dict[str, float],
     masks: dict[str, Tensor],
-    loss_of: str,
+    kind: str,
+    *,
+    feature_map: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of task loss + Σ_side weight / L Σ_l λ_l D_l in float64, by parameter and by block."""
     model, layers = model.double(), {s.name: s for s in model.sites}
@@ -52,7 +54,7 @@ def reference(
     for side, mask in masks.items():
         mine = [name for name in acts if name.startswith(side)]
         for name in mine:
-            values = SMOOTH[loss_of](acts[name])[mask.bool()]
+            values = smooth(acts[name], kind, mask, feature_map=feature_map)
             term = lambdas[name] * (values.mean() if values.numel() else 0.0)
             loss = loss + weights[side] / len(mine) * term.sum()
     loss.backward()
@@ -60,9 +62,12 @@ def reference(
     return grads, {name: value.grad for name, value in lambdas.items() if value.grad is not None}
 
 
+@pytest.mark.parametrize("feature_map", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize(("seed", "kind"), list(enumerate(KINDS)))
-def test_gradients_in_lambda_and_weights_are_those_of_the_built_loss(seed: int, kind: Kind, recompute: str) -> None:
+def test_gradients_in_lambda_and_weights_are_those_of_the_built_loss(
+    seed: int, kind: Kind, recompute: str, feature_map: bool
+) -> None:
     model, inputs, masks = build(seed, kind)
     approximation = APPROXIMATIONS[seed % len(APPROXIMATIONS)]
     weights = {"encoder": 0.7, "decoder": 2.5}
@@ -70,9 +75,11 @@ def test_gradients_in_lambda_and_weights_are_those_of_the_built_loss(seed: int, 
     ours = twin(model, recompute)
     scales = scales_of(ours)
 
-    want, want_lambda = reference(twin(model), scales, inputs, weights, masks, approximation.kind)
+    want, want_lambda = reference(
+        twin(model), scales, inputs, weights, masks, approximation.kind, feature_map=feature_map
+    )
     probe = DensityProbe(ours.sites, fused=kind.fused)
-    with probe.penalising(Penalty(approximation, weights, masks, scales=scales)):
+    with probe.penalising(Penalty(approximation, weights, masks, scales=scales, feature_map=feature_map)):
         ours(*inputs).backward()
 
     got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None and "stock" not in name}

@@ -269,6 +269,38 @@ def test_every_approximation_has_the_gradient_of_its_built_loss(
     assert worst(without, want) > 1e-2
 
 
+@pytest.mark.parametrize("micro", [None, 3, 1])
+@pytest.mark.parametrize(
+    ("name", "leaves", "soft"),
+    [
+        ("relu-t5", {"deft__beta": 20.0, "deft__approximation": "tanh"}, lambda mean: torch.tanh(20.0 * mean)),
+        ("dry-t5", {"deft__epsilon": EPSILON}, lambda mean: mean**2 / (mean**2 + EPSILON)),
+    ],
+)
+def test_a_loss_of_the_feature_map_has_the_gradient_of_the_built_one(
+    trial: Trial, open_slot: Any, name: str, leaves: dict[str, Any], soft: Callable[[Tensor], Tensor], micro: int | None
+) -> None:
+    """Of each micro-batch's own map, by its share of the tokens; activations of both signs cancel in the second."""
+    leaves |= {"train__micro_batch_size": micro, "train__max_grad_norm": 0.0, "adapter__lora_dropout": 0.0}
+    slot = shaken(open_slot(trial(name, "squad", deft__alpha=5.0, deft__loss_of="feature_map", **leaves)))
+    slot.model.eval()  # relu-t5 has dropout
+    batch = slot._collate(first_examples(slot))
+    without = gradient_of(slot, slot.model(**batch.inputs).loss)
+    with seen_activations(slot) as acts:
+        loss = slot.model(**batch.inputs).loss
+    for side, mask in batch.masks.items():
+        mine = [act for layer, (act,) in acts.items() if layer.startswith(side)]
+        for first in range(0, len(mask), micro or len(mask)):
+            rows = slice(first, first + (micro or len(mask)))
+            real = mask[rows].bool()
+            density = torch.stack([soft(act[rows][real].mean(dim=0)).mean() for act in mine]).mean()
+            loss = loss + 5.0 * density * real.sum() / mask.sum()
+    want = gradient_of(slot, loss)
+    slot.step()
+    assert worst(taken_gradient(slot), want) < 3e-5
+    assert worst(without, want) > 1e-2
+
+
 @pytest.mark.parametrize("padding", ["longest", "max_length"])
 def test_padding_does_not_move_the_gradient(trial: Trial, open_slot: Any, padding: str) -> None:
     spec = trial("dry-t5", deft__alpha=2.0, deft__epsilon=EPSILON, data__padding=padding, train__max_grad_norm=0.0)
