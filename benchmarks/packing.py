@@ -5,8 +5,11 @@
 A T5 with random weights, or the embedded one (``--shape nano``), batches without padding, LoRA on every linear layer
 and the density loss, AdamW under DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that
 runs one trial at a time, and all slots step in one pass. For ``routing``, four slots with a quarter of a batch each
-step in one pass, and one slot with the whole batch; each round puts them on the base anew. Ratios are taken within a
-round. Peak memory of the last step is stored: on a GPU of torch's allocator, on a CPU of the process.
+step in one pass, and one slot with the whole batch; each round puts them on the base anew. For ``evaluation``, one of
+four slots is evaluated, in batches of 64, while the others train: seconds of each piece over those of the step of the
+others before it, with pieces that keep to a step's length, as a host has them, and with whole batches. Answers are
+written by the embedded model alone, which can read. Ratios are taken within a round. Peak memory of the last step is
+stored: on a GPU of torch's allocator, on a CPU of the process.
 
 The makespan of a whole sweep is in makespan.py, as it takes Ray: one slot, several, and one fit per trial in one run.
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
@@ -34,13 +37,15 @@ from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.spec.catalog import NANO, find_task
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
+from deft_ray.train.cost import TRIED, Room
+from deft_ray.train.host import load_task
 from deft_ray.train.memory import DeviceMemory
 from deft_ray.train.pack import Pack
 from deft_ray.train.ranks import start_single
 from deft_ray.train.slot import Slot, step_together
 
 SLOTS = (1, 2, 4, 8)
-TASK = "nano-sentiment"
+TASK, QUESTION = "nano-sentiment", "nano-question"
 
 
 class Bench:
@@ -113,16 +118,59 @@ class Bench:
             "cpu_seconds": ratio(computing["four_quarters"], computing["one_whole"]),
         }
 
-    def trial(self, number: int, rows: int) -> TrialSpec:
+    def evaluation(self, rows: int) -> dict[str, Any]:
+        """Time what the slots that train wait for while one is evaluated, beside what they wait for each other."""
+        return {task: self._evaluation(rows, task) for task in (TASK, QUESTION)[: 2 if self.asked.shape == NANO else 1]}
+
+    def _evaluation(self, rows: int, task: str) -> dict[str, Any]:
+        pack, opened = Pack(self.base), list[Slot]()
+        for number in range(4):
+            data = self.task(task) if self.asked.shape == NANO else self.data(number, rows)
+            opened.append(Slot(self.trial(number, rows, task), self.base, data, self.ranks, pack=pack))
+        for _ in range(4 * TRIED):  # the pack learns what passes cost
+            check(step_together([(slot, False) for slot in opened]))
+        ways: dict[str, Callable[[], Room | None]] = {"pieces": pack.cost.room, "whole_batches": lambda: None}
+        over: dict[str, list[float]] = {way: [] for way in ways}
+        waited: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(self.asked.rounds):
+            for way, room in ways.items():
+                pieces, goes_on, wait = opened[0].evaluation(room=room), True, 0.0
+                while goes_on:
+                    step_s = timed(lambda: check(step_together([(s, False) for s in opened[1:]])), self.ranks.device)
+                    began = time.perf_counter()
+                    goes_on = next(pieces, self) is None
+                    took = time.perf_counter() - began
+                    over[way] += [took / step_s] if goes_on else []
+                    wait += took
+                waited[way].append(wait)
+        for slot in opened:
+            slot.close()
+        return {
+            way: {
+                "pieces": len(over[way]) // self.asked.rounds,
+                "piece_over_step": {
+                    **summary(over[way]),
+                    "share_above_1": sum(r > 1 for r in over[way]) / len(over[way]),
+                },
+                "evaluation_s": summary(waited[way]),
+            }
+            for way in ways
+        }
+
+    def task(self, name: str) -> EncodedTask:
+        """Return a task of the embedded model."""
+        return load_task(name, DataSection(tasks=[name], train_examples=256, validation_examples=64), self.base)
+
+    def trial(self, number: int, rows: int, task: str = TASK) -> TrialSpec:
         """Return a trial that differs from the others in its seed, α and ε."""
         asked = self.asked
         return TrialSpec(
             trial=f"t{number:04d}",
-            task=TASK,
+            task=task,
             seed=number,
             baseline=False,
             model=ModelSection(family="t5", quantization=asked.quantization, dtype=asked.dtype),
-            data=DataSection(tasks=[TASK]),
+            data=DataSection(tasks=[task]),
             adapter=AdapterSection(r=16, lora_alpha=32.0),
             deft=DeftSection(alpha=0.1 * (number + 1), epsilon=10.0 ** -(number % 4 + 3)),
             train=TrainSection(
@@ -138,7 +186,9 @@ class Bench:
             return [dice.randrange(3, vocabulary) for _ in range(count)]
 
         examples = [Example(tokens(self.asked.source), tokens(self.asked.target), 0.0) for _ in range(4 * rows)]
-        return EncodedTask(find_task(TASK, DataSection(tasks=[TASK])), examples, examples[:1], [], [])
+        answers = [tokens(self.asked.target) for _ in range(2)]
+        validation = [Example(tokens(self.asked.source), answers[place % 2], float(place % 2)) for place in range(64)]
+        return EncodedTask(find_task(TASK, DataSection(tasks=[TASK])), examples, validation, answers, [0.0, 1.0])
 
 
 def one_by_one(slots: list[Slot]) -> None:
@@ -170,7 +220,7 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=4, help="tokens of an answer")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--parts", default="slots,routing", help="which to measure; the other's figures stay")
+    parser.add_argument("--parts", default="slots,routing,evaluation", help="which to measure; others' figures stay")
     parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="how many, by commas")
     asked = parser.parse_args()
     bench = Bench(asked)
@@ -178,7 +228,11 @@ def main() -> None:
     name = f"packing_{kind}_{'gpu' if torch.cuda.is_available() else 'cpu'}"
     file = RESULTS / f"{name}.json"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    measures = {"slots": lambda: measure_slots(bench), "routing": lambda: bench.routing(asked.rows)}
+    measures = {
+        "slots": lambda: measure_slots(bench),
+        "routing": lambda: bench.routing(asked.rows),
+        "evaluation": lambda: bench.evaluation(asked.rows),
+    }
     settings = {key: value for key, value in vars(asked).items() if key != "parts"}
     parts = {part: stored[part] for part in measures if part in stored}
     for part in asked.parts.split(","):

@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, cast
 
 import torch
@@ -128,6 +128,35 @@ def generate(
     Returns:
         Token ids, (B, T), the decoder's start first.
     """
+    pieces = generate_in_pieces(model, encoded, source, max_new_tokens, cache, first_B, lambda: max_new_tokens)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            tokens: Tensor = end.value
+            return tokens
+
+
+def generate_in_pieces(
+    model: PeftModel,
+    encoded: Any,
+    source: Mapping[str, Tensor],
+    max_new_tokens: int,
+    cache: EncoderDecoderCache | None,
+    first_B: Tensor | None,
+    at_once: Callable[[], int],
+) -> Generator[None, None, Tensor]:
+    """Do the same, pausing after some tokens: between two pieces the model may do something else.
+
+    Args:
+        model: As of :func:`generate`, and so are the others.
+        encoded: As of it.
+        source: As of it.
+        max_new_tokens: As of it.
+        cache: As of it.
+        first_B: As of it; without it there is one piece.
+        at_once: Tells by how many tokens, at least one, answers may grow in the next piece.
+    """
     base: Any = model.get_base_model()
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
     if isinstance(model.active_peft_config, PrefixTuningConfig):
@@ -138,18 +167,24 @@ def generate(
         tokens: Tensor = base.generate(**options | _cached(cache, DynamicCache()), max_new_tokens=max_new_tokens)
         return tokens
     assert cache is not None, "without a cache no pass has found a first token"
-    begun = torch.stack([torch.full_like(first_B, base.generation_config.decoder_start_token_id), first_B], dim=1)
-    ended_B1 = first_B.unsqueeze(1) == base.generation_config.eos_token_id
-    if max_new_tokens == 1 or ended_B1.all():
-        return begun
-    # with the mask, generation takes the tokens for all there are, and passes those beyond the cache
-    options |= {"decoder_input_ids": begun, "decoder_attention_mask": torch.ones_like(begun)}
-    options["max_new_tokens"] = max_new_tokens - 1
+    config = base.generation_config
+    tokens = torch.stack([torch.full_like(first_B, config.decoder_start_token_id), first_B], dim=1)
     options |= _cached(cache, _start_of(cache.self_attention_cache))
-    options["stopping_criteria"] = [lambda *_: ended_B1.squeeze(1)]  # generation has seen no end of theirs
-    tokens = base.generate(**options)
-    tokens[:, 2:] = tokens[:, 2:].masked_fill(ended_B1, base.generation_config.pad_token_id)
-    return tokens
+    while True:
+        done = tokens.shape[1]
+        ended_B1 = (tokens[:, 1:] == config.eos_token_id).any(dim=1, keepdim=True)
+        if done > max_new_tokens or ended_B1.all():
+            return tokens
+        if done > 2:
+            yield
+        # with the mask, generation takes the tokens for all there are, and passes those beyond the cache
+        given = {"decoder_input_ids": tokens, "decoder_attention_mask": torch.ones_like(tokens)}
+        count = min(at_once(), max_new_tokens + 1 - done)
+        ends = [lambda *_, ended_B1=ended_B1: ended_B1.squeeze(1)]  # of which generation has seen nothing
+        tokens = base.generate(**options, **given, max_new_tokens=count, stopping_criteria=ends)
+        tokens[:, done:] = tokens[:, done:].masked_fill(ended_B1, config.pad_token_id)
+        if tokens.shape[1] < done + count:  # all have ended
+            return tokens
 
 
 def _cached(cache: EncoderDecoderCache | None, own: DynamicCache) -> dict[str, Any]:

@@ -11,6 +11,7 @@ where the pass is, as with small batches on a large quantised model, in one.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,16 +56,56 @@ def tokens_of(sizes: Sequence[Size]) -> int:
     return sum(size.rows for size in sizes) * longest
 
 
+@dataclass(frozen=True)
+class Room:
+    """What passes of an evaluation may take while others wait: in seconds of training passes, or in tokens.
+
+    Args:
+        most: All of them together.
+        fixed: A pass, whatever is in it.
+        each: A token.
+    """
+
+    most: float
+    fixed: float
+    each: float
+
+    def tokens(self) -> int:
+        """Return the tokens of one pass, at most.
+
+        >>> Room(10.0, 4.0, 2.0).tokens()
+        3
+        """
+        return int((self.most - self.fixed) / self.each) if self.each else sys.maxsize
+
+    def passes(self, tokens: int) -> int:
+        """Return the number of passes of so many tokens each, at most, and at least one.
+
+        >>> Room(10.0, 1.0, 1.0).passes(3), Room(10.0, 1.0, 1.0).passes(30)
+        (2, 1)
+        """
+        return max(1, int(self.most / (self.fixed + self.each * tokens)))
+
+
 class PassCost:
     """Learns what passes cost."""
 
     def __init__(self) -> None:
         self._seen: defaultdict[int, deque[tuple[int, int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._turns = 0
+        self._turn: list[int] = []
+        """Tokens of each pass of the last turn that had any."""
+        self._turn_is_over = False
         self._line: tuple[float, float] | None = None
+
+    def begin_turn(self) -> None:
+        """Begin the passes of another turn."""
+        self._turn_is_over = True
 
     def add(self, sizes: Sequence[Size], seconds: float) -> None:
         """Note a pass."""
+        self._turn = [*([] if self._turn_is_over else self._turn), tokens_of(sizes)]
+        self._turn_is_over = False
         self._seen[len(sizes)].append((self._turns, tokens_of(sizes), seconds))
 
     @property
@@ -78,6 +119,15 @@ class PassCost:
             return None
         fixed, each = self._line
         return fixed + each * tokens_of([size])
+
+    def room(self) -> Room | None:
+        """What passes of an evaluation may take, to take no longer than those of the last turn; None if nothing passed.
+
+        A backward pass costs at least what the forward pass before it does, so a pass without one is taken to cost half
+        of what it would in training.
+        """
+        fixed, each = self._line or (0.0, 1.0)
+        return Room(2 * (fixed * len(self._turn) + each * sum(self._turn)), fixed, each) if self._turn else None
 
     def slots_worth(self, most: int) -> int:
         """Slots that are worth having, of at most so many.

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +169,8 @@ class Run:
         )
 
     def _evaluate(self) -> Course:
-        pieces = self.slot.evaluation(self._taus(), last=self.slot.done == self.slot.steps)
+        last = self.slot.done == self.slot.steps
+        pieces = self.slot.evaluation(self._taus(), last, room=partial(self.host.evaluation_room, self))
         while True:
             began = time.monotonic()
             try:

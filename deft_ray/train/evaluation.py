@@ -12,9 +12,11 @@ Shape suffixes: B batch, C candidates, D d_model, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from deft_ray.density.probe import DensityProbe
 from deft_ray.metrics import tau_key
 from deft_ray.models.adapters import virtual_positions
 from deft_ray.models.base import Base
-from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
+from deft_ray.models.halves import decode, encode, first_tokens, generate_in_pieces, new_cache
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.kept import labels_of, source_lengths
 from deft_ray.tasks.scoring import Answer, score_answers, score_labels, surest_answers
 from deft_ray.train.batches import IGNORED, pad, source_mask, source_tensors
+from deft_ray.train.cost import Room, Size
 from deft_ray.train.ranks import Ranks
 
 Prediction = float | Answer
@@ -91,6 +94,25 @@ class Evaluation:
 Pieces = Generator[None, None, Evaluation]
 
 
+@dataclass
+class _Piece:
+    """The piece of an evaluation that comes.
+
+    Attributes:
+        room: What it may take; None for no limit.
+    """
+
+    room: Room | None = None
+
+    def rows(self, tokens: int) -> int:
+        """Return the number of rows of so many tokens each, at least one."""
+        return sys.maxsize if self.room is None else max(1, self.room.tokens() // tokens)
+
+    def new_tokens(self, rows: int, most: int) -> int:
+        """Return the number of tokens by which so many answers may grow, at least one."""
+        return most if self.room is None else self.room.passes(rows)
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates one slot's model.
@@ -106,6 +128,8 @@ class Evaluator:
         source_length: Pad sources to this; to the longest of a batch if None.
         target_length: Pad answers to this; to the longest of a batch if None.
         alone: Context of a pass that is this slot's alone.
+        room: Tells what the next piece may take while others wait for it; None for no limit but ``batch_size``. It is
+            asked once before every piece, on every rank.
     """
 
     base: Base
@@ -118,6 +142,7 @@ class Evaluator:
     source_length: int | None = None
     target_length: int | None = None
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
+    room: Callable[[], Room | None] = lambda: None
 
     def evaluate(self, taus: Sequence[float] = (), last: bool = False) -> Evaluation:
         """Evaluate at one go; see :meth:`pieces`."""
@@ -130,7 +155,7 @@ class Evaluator:
                 return found
 
     def pieces(self, taus: Sequence[float] = (), last: bool = False) -> Pieces:
-        """Evaluate on the validation split, and on those beside it, a batch at a time.
+        """Evaluate on the validation split, and on those beside it, a batch or less at a time.
 
         Between two pieces the model may do something else. Every rank has as many of them, and gets the whole result.
 
@@ -180,13 +205,31 @@ class Evaluator:
         mine: dict[int, Prediction] = {}
         batches = self._batches(examples)
         for turn in range(0, len(batches), self.ranks.world):
-            for indices in batches[turn + self.ranks.rank : turn + self.ranks.rank + 1]:  # none at the end of some
-                with self._passing(tau):
-                    predicted = self._predict([examples[i] for i in indices], counts, generated)
-                mine.update(zip(indices, predicted, strict=True))
-            yield
+            places = turn + self.ranks.rank
+            indices = batches[places] if places < len(batches) else []  # at the end some have none
+            predicted = yield from self._in_pieces([examples[i] for i in indices], tau, counts, generated)
+            mine.update(zip(indices, predicted, strict=True))
         everybodys = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
         return [everybodys[index] for index in range(len(examples))]
+
+    def _in_pieces(
+        self, examples: list[Example], tau: float, counts: DensityCounts, generated: Tensor
+    ) -> Generator[None, None, list[Prediction]]:
+        """Predict a batch, or none, in as many pieces as every rank; what is in a piece is each rank's own matter."""
+        piece = _Piece()
+        predicting = self._predict(examples, piece, counts, generated)
+        predicted: list[Prediction] | None = None
+        while True:
+            piece.room = self.room()
+            with self._passing(tau):
+                try:
+                    next(predicting)
+                except StopIteration as end:
+                    predicted = end.value if predicted is None else predicted
+            yield
+            if not any(self.ranks.maximum(int(predicted is None))):
+                assert predicted is not None
+                return predicted
 
     @contextmanager
     def _passing(self, tau: float) -> Iterator[None]:
@@ -204,6 +247,15 @@ class Evaluator:
         order = sorted(range(len(examples)), key=lambda index: (-lengths[index], index))
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
+    def _size(self, examples: list[Example]) -> Size:
+        """Rows of a batch, and what they and their answers are padded to, whatever the pieces that it comes in."""
+        fixed = self.source_length if examples[0].picture is None else None
+        source = max(fixed or 0, *(example.source_tokens for example in examples))
+        if not self.base.family.text_to_text:
+            return Size(len(examples), source, 0)
+        answers = self.data.candidates or [example.target_ids for example in examples]
+        return Size(len(examples), source, max(self.target_length or 0, *map(len, answers)))
+
     def _score(
         self, examples: Sequence[Example], predictions: list[Prediction], each: bool
     ) -> tuple[dict[str, float], list[float]]:
@@ -219,9 +271,26 @@ class Evaluator:
         values = [value for value in predictions if isinstance(value, float)]
         return score_labels(metrics, values, labels_of(examples)), values if each else []
 
-    def _predict(self, examples: list[Example], counts: DensityCounts, generated: Tensor) -> list[Prediction]:
+    def _predict(
+        self, examples: list[Example], piece: _Piece, counts: DensityCounts, generated: Tensor
+    ) -> Generator[None, None, list[Prediction]]:
+        """Predict a batch; between its pieces the model may do something else."""
+        predicted = list[Prediction]()
+        while len(predicted) < len(examples):
+            if predicted:
+                yield
+            size = self._size(examples)
+            each = size.source + size.target * max(1, len(self.data.candidates))
+            part = examples[len(predicted) :][: piece.rows(each)]
+            predicted += yield from self._predict_part(part, size, piece, counts, generated)
+        return predicted
+
+    def _predict_part(
+        self, examples: list[Example], size: Size, piece: _Piece, counts: DensityCounts, generated: Tensor
+    ) -> Generator[None, None, list[Prediction]]:
+        """Predict some rows of a batch of a size, in pieces where answers are written."""
         side = self.base.family.side
-        source = source_tensors(examples, self.base.pad_id, self.source_length, self.ranks.device, side=side)
+        source = source_tensors(examples, self.base.pad_id, size.source, self.ranks.device, side=side)
         masks = with_virtual_positions({side: source_mask(source, examples)}, virtual_positions(self.model))
         if not self.base.family.text_to_text:
             with self.probe.counting(counts, masks):
@@ -230,7 +299,8 @@ class Evaluator:
         with self.probe.counting(counts, masks):
             encoded = encode(self.model, source)
         if self.data.task.kind == "question":
-            return self._generate(examples, source, encoded, counts, generated)
+            labels = pad([example.target_ids for example in examples], IGNORED, size.target).to(self.ranks.device)
+            return (yield from self._generate(examples, source, labels, encoded, piece, counts, generated))
         return self._choose(examples, source["attention_mask"], encoded, counts)
 
     def _choose(
@@ -255,12 +325,12 @@ class Evaluator:
         self,
         examples: list[Example],
         source: dict[str, Tensor],
+        labels: Tensor,
         encoded: Any,
+        piece: _Piece,
         counts: DensityCounts,
         generated: Tensor,
-    ) -> list[Prediction]:
-        answers = [example.target_ids for example in examples]
-        labels = pad(answers, IGNORED, self.target_length).to(self.ranks.device)
+    ) -> Generator[None, None, list[Prediction]]:
         cache, written = new_cache(self.model), StepCounts()
         with self.probe.counting(WithFirst(counts, written), {"decoder": (labels != IGNORED).long()}):
             logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels, cache)
@@ -268,8 +338,18 @@ class Evaluator:
             return [math.nan] * len(examples)
         first_B = first_tokens(self.model, logits, cache)
         written = StepCounts() if first_B is None else written
-        with self.probe.counting(written, {"decoder": labels}):
-            tokens = generate(self.model, encoded, source, self.max_new_tokens, cache, first_B)
+        del logits  # the longest tensor of all; the others wait with the answers
+        yield
+        at_once = partial(piece.new_tokens, len(examples), self.max_new_tokens)
+        writing = generate_in_pieces(self.model, encoded, source, self.max_new_tokens, cache, first_B, at_once)
+        tokens: Tensor | None = None
+        while tokens is None:
+            with self.probe.counting(written, {"decoder": labels}):
+                try:
+                    next(writing)
+                except StopIteration as end:
+                    tokens = end.value
+            yield
         lengths_B = written_lengths(tokens[:, 1:], self.base.tokenizer.eos_token_id)
         generated += written.total(lengths_B)
         texts = self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -30,7 +30,7 @@ from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
 from deft_ray.tasks.images import class_names
 from deft_ray.tasks.kept import KeptTasks
 from deft_ray.tasks.rows import hold_out, load_beside, load_rows
-from deft_ray.train.cost import tokens_of
+from deft_ray.train.cost import Room, tokens_of
 from deft_ray.train.course import Run, Stepped, end_row
 from deft_ray.train.memory import DeviceMemory, FirstStep, Holds
 from deft_ray.train.pack import Pack
@@ -134,6 +134,18 @@ class Host:
     def memory_gib(self) -> dict[str, float]:
         """What the base and a trial take, and what was free beside the base, as measured; empty before that."""
         return {} if self._holds is None else {name: value / 2**30 for name, value in vars(self._holds).items()}
+
+    def evaluation_room(self, run: Run) -> Room | None:
+        """What a piece of a trial's evaluation may take, so that those that train wait no longer than for each other.
+
+        All trials that are evaluated at the time have it together. None where none waits, or nothing is known. All
+        workers ask at once, and get the first's answer.
+        """
+        others = [other.trains for other in self._runs if other is not run]
+        if self._pack is None or not any(others):
+            return None
+        room: Room | None = self.ranks.share(self._pack.cost.room())
+        return room and replace(room, most=room.most / (1 + others.count(False)))
 
     def serve(self) -> None:
         """Take trials until the inbox has no more.

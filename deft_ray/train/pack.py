@@ -256,6 +256,7 @@ class Pack:
             torch.AcceleratorError: If a pass of several slots left a GPU that computes no more.
         """
         found: dict[int, Found | Exception] = {}
+        self.cost.begin_turn()
         waiting = self.cost.groups([share.size for share in shares])
         while waiting:
             group = waiting.pop(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ from deft_ray.spec.schema import AdapterSection, DeftSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.kept import source_lengths, target_lengths
 from deft_ray.train.batches import Batch, BatchOrder, batch_sizes, training_batch
-from deft_ray.train.cost import Size
+from deft_ray.train.cost import Room, Size
 from deft_ray.train.engine import SlotModule, build_engine, learning_rate_at, set_learning_rate, whole
 from deft_ray.train.evaluation import Evaluation, Evaluator, Pieces
 from deft_ray.train.pack import Found, Pack, Share
@@ -338,10 +338,18 @@ class Slot:
         with self.whole():
             return self._evaluator().evaluate(taus, last)
 
-    def evaluation(self, taus: Sequence[float] = (), last: bool = False) -> Pieces:
-        """The same in pieces, between which the slots beside this one may train."""
+    def evaluation(
+        self, taus: Sequence[float] = (), last: bool = False, *, room: Callable[[], Room | None] = lambda: None
+    ) -> Pieces:
+        """The same in pieces, between which the slots beside this one may train.
+
+        Args:
+            taus: As of :meth:`Evaluator.pieces`.
+            last: As of it too.
+            room: What a piece may take, while others wait for it; as of :class:`Evaluator`.
+        """
         with self.whole():
-            return (yield from self._evaluator().pieces(taus, last))
+            return (yield from replace(self._evaluator(), room=room).pieces(taus, last))
 
     def _evaluator(self) -> Evaluator:
         data = self.trial.data

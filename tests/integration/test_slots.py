@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -17,7 +19,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.integration.sweeps import records, start, sweep, wait_until
+from tests.integration.sweeps import PATIENCE_S, ROOT, command, environment, records, start, sweep, wait_until
 from tests.slots import learnt_apart
 from tests.tiny import write_glue, write_tiny_t5
 
@@ -147,7 +149,7 @@ def test_a_host_that_is_killed_with_several_trials_aboard_costs_none(
     run = tmp_path / "run"
     process = start(spec, run, "--set", SLOTS)
     try:
-        wait_until(lambda: len(saved(run)) >= 3, process)
+        wait_until(lambda: sum(left["packed"]["shared"] > 0 for left in saved(run).values()) >= 3, process)
         seen, before, tokens = {record["trial"] for record in records(run)}, saved(run), kept_tokens(run)
         killed_at = time.time()
         os.kill(worker_of(process.pid), signal.SIGKILL)
@@ -163,18 +165,19 @@ def test_a_host_that_is_killed_with_several_trials_aboard_costs_none(
     assert again
     for trial in again:
         steps = Counter(row["step"] for row in curve(found[trial]) if row["kind"] == "train")
-        assert before[trial] >= 3, "it had sent a row"
-        assert {steps[step] for step in range(3, before[trial] + 1, 3)} == {1}, "none of these is trained anew"
+        at = before[trial]["step"]
+        assert at >= 3, "it had sent a row"
+        assert {steps[step] for step in range(3, at + 1, 3)} == {1}, "none of these is trained anew"
     assert tokens
     assert not kept_tokens(run)
 
 
-def saved(output: Path) -> dict[str, int]:
-    """Steps at which trials were saved last."""
-    found = dict[str, int]()
+def saved(output: Path) -> dict[str, dict[str, Any]]:
+    """What is written of trials beside what was saved of them last: the step, and how many passes they shared."""
+    found = dict[str, dict[str, Any]]()
     for file in output.glob("checkpoints/*/latest.json"):
         with suppress(FileNotFoundError):  # the trial ends at this moment
-            found[file.parent.name] = json.loads(file.read_text())["step"]
+            found[file.parent.name] = json.loads(file.read_text())
     return found
 
 
@@ -208,6 +211,50 @@ def test_trials_that_are_stopped_or_diverge_leave_the_others_the_same(
     assert statuses["diverged"] == 2
     assert statuses["pruned"] >= 1
     assert len(complete) == len(found) - statuses["diverged"] - statuses["pruned"] >= 4, "two of them baselines"
+    assert at_once(found) == 3
+
+
+#: Half of the sampled trials, each with the rung at which it ends.
+DICE = random.Random(0)
+ENDS = {trial: DICE.randrange(5) for trial in sorted(DICE.sample([f"t{number:04}" for number in range(2, 10)], 4))}
+#: Steps of the rungs.
+RUNGS = (4, 7, 14, 29, 58)
+#: The command, with chance for a scheduler.
+STOPPED_BY_CHANCE = """
+import runpy
+from deft_ray.sweep import rungs
+from tests.integration.test_slots import ENDS
+rungs.is_among_the_best = lambda _others, mine, _factor: mine.rung != ENDS.get(mine.trial)
+runpy.run_module("deft_ray.sweep", run_name="__main__")
+"""
+
+
+def test_half_of_the_trials_stopped_by_chance_leave_the_others_the_same(
+    spec: Path, undisturbed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    tree = yaml.safe_load(spec.read_text())
+    tree["search"] |= {"scheduler": "mo_asha", "first_rung": 0.06, "reduction_factor": 2.0}
+    changed, run = tmp_path / "spec.yaml", tmp_path / "run"
+    changed.write_text(yaml.safe_dump(tree))
+    python, _, _, *arguments = command(changed, run, "--set", SLOTS)
+    done = subprocess.run(
+        [python, "-c", STOPPED_BY_CHANCE, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, alone = by_trial(run), {(r["task"], json.dumps(r["config"])): r for r in undisturbed.values()}
+    assert len(found) == len(alone) == 2 * (1 + 4)
+    for trial, record in found.items():
+        if trial in ENDS:
+            assert (record["status"], record["steps"]) == ("pruned", RUNGS[ENDS[trial]])
+        else:
+            assert record["status"] == "complete"
+            check_same(record, alone[record["task"], json.dumps(record["config"])])
     assert at_once(found) == 3
 
 

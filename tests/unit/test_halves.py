@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deft_ray.models.adapters import Adapter, Bottleneck, Lora, Prefix, Prompt, attach_adapter, detach_adapter
 from deft_ray.models.base import Base, load_base
-from deft_ray.models.halves import decode, encode, first_tokens, generate, new_cache
+from deft_ray.models.halves import decode, encode, first_tokens, generate, generate_in_pieces, new_cache
 
 KINDS: dict[str, Adapter] = {
     "lora": Lora(4, 8.0, 0.0, "all-linear"),
@@ -144,6 +144,33 @@ def test_an_answer_goes_on_from_the_first_token_that_another_pass_has_found(mode
         assert len(passes) == (alone if first_B is None else alone - 1) <= longest
         passes.clear()
     hook.remove()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+@torch.no_grad()
+def test_an_answer_in_pieces_is_the_answer(model: PeftModel, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Token for token, whatever the model does in between; the third token of one row is made the end of an answer."""
+    base, encoded = model.get_base_model(), encode(model, source())
+    end = int(generate(model, encoded, source(), 6)[1, 3])
+    monkeypatch.setattr(base.generation_config, "eos_token_id", end)
+    want = generate(model, encoded, source(), 6)
+    cache = new_cache(model)
+    first_B = first_tokens(model, decode(model, encoded.last_hidden_state, MASK, LABELS, cache), cache)
+    pieces = generate_in_pieces(model, encoded, source(), 6, cache, first_B, lambda: at_once)
+    pauses = 0
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            got = stop.value
+            break
+        decode(model, encoded.last_hidden_state.flip(0), MASK.flip(0), LABELS)
+        pauses += 1
+
+    assert torch.equal(got, want)
+    assert end in got[1, 1:4].tolist()
+    longest = got.shape[1] - 2 if first_B is not None else 1
+    assert pauses == -(-longest // at_once) - 1
 
 
 @pytest.mark.parametrize("ended", [1, 3])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from torch.multiprocessing.spawn import spawn
 
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
-from deft_ray.train.cost import PassCost, Size
+from deft_ray.tasks.encoding import Example
+from deft_ray.train.cost import PassCost, Size, tokens_of
 from deft_ray.train.course import Run
+from deft_ray.train.evaluation import Evaluator
 from deft_ray.train.host import Host, Taken
 from deft_ray.train.memory import FirstStep, Holds
 from deft_ray.train.pack import Found, Pack, Share
@@ -250,7 +252,7 @@ def test_every_trial_takes_part_in_every_turn(
 ) -> None:
     """From the turn in which it is taken to its last, once in each, however passes are shared.
 
-    But for an evaluation in between, which takes the turns of its batches.
+    But for an evaluation in between, which takes the turns of its batches, and more if they come in pieces.
     """
     turns, begun, now = defaultdict[str, list[int]](list), dict[str, int](), [0]
     taking, turn, losses, opening = Slot.take, Host._turn, Pack._losses, Host._open
@@ -286,7 +288,8 @@ def test_every_trial_takes_part_in_every_turn(
         mine = turns[trial.trial]
         away = [after - before - 1 for before, after in pairwise(mine) if after != before + 1]
         assert (mine[0], len(mine)) == (begun[trial.trial], count)
-        assert away == [batches] * (trial.train.evaluations - 1)
+        assert len(away) == trial.train.evaluations - 1
+        assert all(batches <= turns_away <= 14 for turns_away in away)
     assert len({mine[0] for mine in turns.values()}) > 3, "they came at different turns"
 
 
@@ -313,26 +316,41 @@ def test_a_freed_slot_takes_the_next_trial_at_once(mixed: list[TrialSpec], serve
 def test_an_evaluation_leaves_room_for_a_step_of_the_others_after_each_batch(
     mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
-    run = Pack.run
+    """And no batch has more than twice the tokens of the step before it, as nothing else is known of costs so far."""
+    told: list[tuple[str, int]] = []
+    rows: list[int] = []
+    run, predicting = Pack.run, Evaluator._predict_part
 
     def stepping(pack: Pack, shares: Sequence[Share]) -> list[Found]:
-        told.append("step")
+        told.append(("step", tokens_of([share.size for share in shares])))
         return run(pack, shares)
 
+    def predict(evaluator: Evaluator, examples: list[Example], *given: Any) -> Any:
+        longest = max(len(example.input_ids) for example in evaluator.data.validation)
+        told.append(("batch", (longest + 2 * max(map(len, evaluator.data.candidates))) * len(examples)))
+        rows.append(len(examples))
+        return predicting(evaluator, examples, *given)
+
     monkeypatch.setattr(Pack, "run", stepping)
-    predict = "deft_ray.train.evaluation.Evaluator._predict"
-    evaluator = __import__("deft_ray.train.evaluation", fromlist=["Evaluator"]).Evaluator
-    predicting = evaluator._predict
-    monkeypatch.setattr(predict, lambda *given: (told.append("batch"), predicting(*given))[1])
-    long = mixed[2].model_copy(update={"train": mixed[2].train.model_copy(update={"steps": 12})})
-    evaluated = mixed[0].model_copy(update={"train": mixed[0].train.model_copy(update={"steps": 3, "evaluations": 1})})
+    monkeypatch.setattr(Evaluator, "_predict_part", predict)
+    long, evaluated = (
+        mixed[0].model_copy(update={"trial": name, "train": mixed[0].train.model_copy(update=train)})
+        for name, train in (
+            ("long", {"steps": 12, "evaluations": 1, "batch_size": 1}),
+            ("evaluated", {"steps": 3, "evaluations": 1, "eval_batch_size": 14}),
+        )
+    )
     serve(Inbox(evaluated, long), 2)
 
-    first = told.index("batch")
-    during = told[first : first + 2 * told.count("batch")]
-    batches = -(-14 // 5)
-    assert during[: 2 * batches - 1] == ["batch", "step"] * (batches - 1) + ["batch"]
+    first = next(place for place, (what, _) in enumerate(told) if what == "batch")
+    count = next(place for place in range(len(rows)) if sum(rows[:place]) == 14)
+    during = told[first : first + 2 * count - 1]
+    assert count >= 3, "a step of the other has one row"
+    assert [what for what, _ in during] == ["batch", "step"] * (count - 1) + ["batch"]
+    for place in range(count):
+        (_, before), (_, tokens) = told[first + 2 * place - 1 : first + 2 * place + 1]
+        assert tokens <= 2 * before
+        assert place == count - 1 or tokens * (rows[place] + 1) > 2 * before * rows[place], "one more would not fit"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -375,14 +393,14 @@ def test_a_trial_that_diverges_or_is_out_of_time_ends_alone(
         check_equal(beside, want, trial)
 
 
-@pytest.mark.parametrize("where", ["share", "take", "pass", "evaluation"])
+@pytest.mark.parametrize("where", ["share", "take", "pass", "evaluation", "answer"])
 def test_a_trial_that_raises_ends_alone(
     mixed: list[TrialSpec], serve: Serve, alone: Alone, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Before the shared pass, after it, in it, or in its evaluation."""
-    others = [mixed[0], mixed[2], mixed[3]]
+    """Before the shared pass, after it, in it, in its evaluation, or in the middle of an answer there."""
+    others, guilty_one = [mixed[0], mixed[2], mixed[3]], mixed[4 if where == "answer" else 1]
     want = alone(*others)
-    bad, error = "t0001", RuntimeError("device-side assert")
+    bad, error = guilty_one.trial, RuntimeError("device-side assert")
 
     def guilty(slot: Slot) -> bool:
         return slot.trial.trial == bad and slot.done == 2
@@ -409,13 +427,19 @@ def test_a_trial_that_raises_ends_alone(
             found.throw(error)
         return found
 
+    def writing(*_: Any) -> Generator[None, None, None]:
+        yield
+        raise error
+
     monkeypatch.setattr(Slot, "share", sharing)
     monkeypatch.setattr(Slot, "take", taking)
     monkeypatch.setattr(Slot, "evaluation", evaluating)
+    if where == "answer":
+        monkeypatch.setattr("deft_ray.train.evaluation.generate_in_pieces", writing)
     assert Pack.run is run
-    beside = serve(Inbox(others[0], mixed[1], *others[1:]), 4, "beside")
+    beside = serve(Inbox(others[0], guilty_one, *others[1:]), 4, "beside")
 
-    ended = end_of(beside, mixed[1])
+    ended = end_of(beside, guilty_one)
     assert ended["status"] == "failed"
     assert ("index out of range" if where == "pass" else "device-side assert") in ended["cause"]
     for trial in others:

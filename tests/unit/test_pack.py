@@ -6,19 +6,20 @@ All slots go into one pass, whatever it costs on this machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from scipy.stats import ks_2samp, levene, pearsonr, ttest_1samp, ttest_ind
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
-from deft_ray.models.base import Base
+from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.cost import PassCost
 from deft_ray.train.evaluation import Evaluation
@@ -27,7 +28,17 @@ from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.random_state import Draws, seeded
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot, StepResult, step_together
-from tests.slots import all_in_one_pass, counted_passes, counted_slots, learnt_apart, new_slot, run, shaken, worst
+from tests.slots import (
+    all_in_one_pass,
+    counted_passes,
+    counted_slots,
+    learnt_apart,
+    new_slot,
+    run,
+    shaken,
+    start_worker,
+    worst,
+)
 
 Trial = Callable[..., TrialSpec]
 
@@ -560,68 +571,118 @@ def test_what_cannot_share_a_base_is_refused_and_leaves_the_others_alone(
 
 #: Streams of dropout, and steps in each.
 STREAMS, STEPS = 24, 3
+#: Which of two trials the slots of a pack train; of three slots and more two train the same one.
+TWINS = (0, 1, 1, 0, 1, 0, 0, 1)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_with_dropout_slots_leave_what_they_leave_alone_in_distribution(
-    trial: Trial, base_of: Any, ranks: Ranks, join: Join, passes: list[int], quantization: str
-) -> None:
-    """Over 24 seeds of dropout, all other chance being the same: mean, spread and distribution of each slot's figures.
+@dataclass
+class Dropped:
+    """Figures of trials with dropout, (streams, slots, 3): see :func:`figures_of`; ``without`` is of one stream."""
 
-    Two of the three slots are the same trial, so that they would tell if they dropped the same. A pack that dropped
-    nothing would tell too: so does a trial alone without dropout.
-    """
+    alone: list[np.ndarray]
+    without: list[np.ndarray]
+    packed: np.ndarray
+    passes: set[int]
+
+
+def two_trials(trial: Trial, quantization: str) -> list[TrialSpec]:
     how = {"train__learning_rate": 3e-3, "deft__alpha": 2.0, "adapter__lora_dropout": 0.3, "train__batch_size": 4}
-    specs = [
-        trial("relu-t5", task, train__steps=STEPS, model__quantization=quantization, **how, **leaves)
-        for task, leaves in (("sst2", {"adapter__r": 2}), ("mrpc", {}))
-    ]
-    base = base_of(specs[0])
-    by_itself, without = [], []
-    for spec in specs:
-        slot = new_slot(spec, base, ranks)
-        by_itself.append(figures_of([slot], range(STREAMS))[:, 0])
-        slot.model.eval()
-        without.append(figures_of([slot], [0])[0, 0])
-        slot.close()
-    assert set(passes) == {1}
-    passes.clear()
-    pack = Pack(base)
-    slots = [join(pack, specs[place]) for place in (0, 1, 1)]
-    found = figures_of(slots, range(STREAMS, 2 * STREAMS))
-    assert set(passes) == {3}
+    how |= {"train__steps": STEPS, "model__quantization": quantization}
+    return [trial("relu-t5", "sst2", adapter__r=2, **how), trial("relu-t5", "mrpc", **how)]
 
-    for place, which in enumerate((0, 1, 1)):
-        packed, alone = found[:, place], by_itself[which]
+
+def dropped_by(specs: Sequence[TrialSpec], base: Base, ranks: Ranks, places: Sequence[int], folder: Path) -> Dropped:
+    """Train two trials by themselves in some streams, without dropout, and a pack of them in as many other streams."""
+    alone, without = [], []
+    for place, spec in enumerate(specs):
+        slot = new_slot(spec, base, ranks)
+        alone.append(figures_of([slot], range(STREAMS), folder / f"alone-{place}")[:, 0])
+        slot.model.eval()
+        without.append(figures_of([slot], [0], folder / f"alone-{place}")[0, 0])
+        slot.close()
+    pack = Pack(base)
+    slots = [
+        Slot(specs[which], base, load_task(specs[which].task, specs[which].data, base), ranks, pack=pack)
+        for which in places
+    ]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(PassCost, "groups", all_in_one_pass)
+        passes = counted_slots(monkeypatch)
+        packed = figures_of(slots, range(STREAMS, 2 * STREAMS), folder / "packed")
+    for slot in slots:
+        slot.close()
+    return Dropped(alone, without, packed, set(passes))
+
+
+def check_dropped(found: Dropped, places: Sequence[int]) -> None:
+    """Mean, spread and distribution of each slot's figures; slots of the same trial would tell if they dropped alike.
+
+    A pack that dropped nothing would tell too: so does a trial alone without dropout.
+    """
+    assert found.passes == {len(places)}
+    for place, which in enumerate(places):
+        packed, alone = found.packed[:, place], found.alone[which]
         for test in (ttest_ind, ks_2samp, levene):
             assert (test(packed, alone).pvalue > 1e-4).all(), (test.__name__, place)
-        assert (ttest_1samp(alone, without[which]).pvalue < 1e-6).any(), "each slot's figures would tell"
-    for figure in range(3):
-        assert pearsonr(found[:, 1, figure], found[:, 2, figure]).pvalue > 1e-4, "they drop apart"
+        assert (ttest_1samp(alone, found.without[which]).pvalue < 1e-6).any(), "each slot's figures would tell"
+    for one, other in combinations(range(len(places)), 2):
+        if places[one] == places[other]:
+            for figure in range(3):
+                assert pearsonr(found.packed[:, one, figure], found.packed[:, other, figure]).pvalue > 1e-4
 
 
-def figures_of(slots: list[Slot], streams: Sequence[int]) -> np.ndarray:
+@pytest.mark.parametrize(("quantization", "count"), [("none", 2), ("none", 4), ("nf4", 4), ("none", 8)])
+def test_with_dropout_slots_leave_what_they_leave_alone_in_distribution(
+    trial: Trial, base_of: Any, ranks: Ranks, tmp_path: Path, quantization: str, count: int
+) -> None:
+    """Over 24 seeds of dropout, all other chance being the same."""
+    specs = two_trials(trial, quantization)
+    check_dropped(dropped_by(specs, base_of(specs[0]), ranks, TWINS[:count], tmp_path), TWINS[:count])
+
+
+def drop_on_two_workers(rank: int, folder: Path, specs: list[TrialSpec], places: Sequence[int]) -> None:
+    """One of two workers; the first leaves what both found."""
+    ranks = start_worker(rank, 2, folder)
+    found = dropped_by(specs, load_base(specs[0].model.name, "t5"), ranks, places, folder)
+    if ranks.leads:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+def test_with_dropout_on_two_workers_too(trial: Trial, tmp_path: Path) -> None:
+    spawn(drop_on_two_workers, args=(tmp_path, two_trials(trial, "none"), TWINS[:4]), nprocs=2)
+    check_dropped(torch.load(tmp_path / "found.pt", weights_only=False), TWINS[:4])
+
+
+def figures_of(slots: list[Slot], streams: Sequence[int], folder: Path) -> np.ndarray:
     """Train slots together from where they stand, once in each stream of dropout.
+
+    Args:
+        slots: In one pack.
+        streams: Seeds.
+        folder: For what they begin with; of all workers.
 
     Returns:
         Mean loss, mean smooth density and the length of the adapter's matrices, (streams, slots, 3).
     """
-    with ExitStack() as stack:
-        begun = [Path(stack.enter_context(TemporaryDirectory())) for _ in slots]
-        for slot, there in zip(slots, begun, strict=True):
-            slot.save(there)
-        return np.array([_figures_in(stream, slots, begun) for stream in streams])
+    begun = [folder / str(place) for place in range(len(slots))]
+    for slot, there in zip(slots, begun, strict=True):
+        there.mkdir(parents=True, exist_ok=True)
+        slot.save(there)
+    return np.array([_figures_in(stream, slots, begun) for stream in streams])
 
 
 def _figures_in(stream: int, slots: list[Slot], begun: list[Path]) -> list[list[float]]:
+    ranks = slots[0].ranks
     for slot, there in zip(slots, begun, strict=True):
         slot.load(there)
-        with seeded(stream):
+        with seeded(stream * ranks.world + ranks.rank):
             slot.seat.draws = Draws()
     steps = [step_together([(slot, True) for slot in slots]) for _ in range(STEPS)]
     figures = []
     for slot, mine in zip(slots, zip(*steps, strict=True), strict=True):
         found = [(result.task_loss, result.density_loss) for result in mine if isinstance(result, StepResult)]
+        means = ranks.total(torch.tensor(found, dtype=torch.float64)).mean(dim=0)
         length = torch.cat([parameter.detach().reshape(-1) for parameter in slot.seat.trainable]).norm()
-        figures.append([*np.mean(np.array(found, float), axis=0), float(length)])
+        figures.append([*means.tolist(), float(length)])
     return figures

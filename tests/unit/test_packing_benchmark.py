@@ -36,7 +36,7 @@ def measure(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "shape", [("--shape", "nano"), ("--shape", "tiny", "--quantization", "none", "--checkpointing")]
 )
-def test_it_stores_passes_memory_and_routing(tmp_path: Path, shape: tuple[str, ...]) -> None:
+def test_it_stores_passes_memory_routing_and_evaluation(tmp_path: Path, shape: tuple[str, ...]) -> None:
     found = measure(tmp_path, *shape, "--slots", "1,3")
     steps = found["slots"]["steps"]
     assert [step["slots"] for step in steps] == [1, 3]
@@ -51,6 +51,13 @@ def test_it_stores_passes_memory_and_routing(tmp_path: Path, shape: tuple[str, .
     assert found["routing"]["four_quarters_over_one_whole"]["count"] == 4
     assert found["routing"]["cpu_seconds"]["median"] > 0
     assert found["routing"]["measured"]["settings"]["rounds"] == 2
+    evaluated = found["evaluation"]
+    assert evaluated.keys() == {"measured", "nano-sentiment", *(["nano-question"] if "nano" in shape else [])}
+    classes = evaluated["nano-sentiment"]
+    assert classes["whole_batches"]["pieces"] == 1
+    for way in ("pieces", "whole_batches"):
+        assert classes[way]["piece_over_step"]["count"] // 2 == classes[way]["pieces"] >= 1
+        assert classes[way]["evaluation_s"]["least"] > 0
 
 
 def test_a_part_that_is_measured_again_leaves_the_other_as_it_is(tmp_path: Path) -> None:

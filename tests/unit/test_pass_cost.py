@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
 
-from deft_ray.train.cost import PROBED, TRIED, WORTH, PassCost, Size, tokens_of
+from deft_ray.train.cost import PROBED, TRIED, WORTH, PassCost, Room, Size, tokens_of
 
 
 def splits(places: Sequence[int]) -> Iterator[list[list[int]]]:
@@ -105,11 +106,46 @@ def test_where_sharing_saves_nothing_one_slot_is_enough_and_where_it_saves_most_
 
 
 def turn(cost: PassCost, sizes: Sequence[Size], fixed: float, each: float) -> list[list[int]]:
+    cost.begin_turn()
     groups = cost.groups(sizes)
     for group in groups:
         mine = [sizes[place] for place in group]
         cost.add(mine, fixed + each * tokens_of(mine))
     return groups
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(1.0, 1e-3), (0.02, 1e-3), (0.0, 1e-3)])
+def test_an_evaluation_gets_the_tokens_that_take_half_of_what_a_turn_takes_in_training(
+    fixed: float, each: float
+) -> None:
+    cost, sizes = PassCost(), [Size(8, 30, 2), Size(4, 60, 2)]
+    assert cost.room() is None
+    turn(cost, sizes, fixed, each)
+    assert room_of(cost).tokens() == 2 * (8 * 32 + 4 * 62), "of two passes; what a token costs is not known yet"
+    for _ in range(4 * TRIED):
+        groups = turn(cost, sizes, fixed, each)
+    turn_s, room = seconds_of(groups, sizes, fixed, each), room_of(cost)
+    assert (fixed + each * room.tokens()) / 2 == pytest.approx(turn_s, abs=each)
+    for tokens in (4, 400):
+        passes = room.passes(tokens)
+        assert passes * (fixed + each * tokens) / 2 <= turn_s * (1 + 1e-9) < (passes + 1) * (fixed + each * tokens) / 2
+    turn(cost, sizes[:1], fixed, each)
+    assert (fixed + each * room_of(cost).tokens()) / 2 == pytest.approx(fixed + each * 8 * 32, abs=each)
+    cost.begin_turn()
+    assert (fixed + each * room_of(cost).tokens()) / 2 == pytest.approx(fixed + each * 8 * 32, abs=each), "none passed"
+
+
+def test_an_evaluation_has_no_limit_where_tokens_cost_nothing() -> None:
+    cost, sizes = PassCost(), [Size(8, 30, 2), Size(4, 60, 2)]
+    for _ in range(4 * TRIED):
+        turn(cost, sizes, 1.0, 0.0)
+    assert (room_of(cost).tokens(), room_of(cost).passes(10**9)) == (sys.maxsize, 2)
+
+
+def room_of(cost: PassCost) -> Room:
+    room = cost.room()
+    assert room is not None
+    return room
 
 
 def test_now_and_then_each_slot_passes_alone() -> None:

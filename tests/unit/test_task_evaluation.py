@@ -20,6 +20,8 @@ from torch.multiprocessing.spawn import spawn
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import OwnSection, TrialSpec
 from deft_ray.tasks import scoring
+from deft_ray.train.cost import Room
+from deft_ray.train.evaluation import Evaluation, Pieces
 from deft_ray.train.host import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
@@ -188,10 +190,14 @@ def test_sureness_that_is_no_number_is_not_compared(
         slot.evaluate()
 
 
-def evaluate_shaken(spec: TrialSpec, base: Base, ranks: Ranks) -> dict[str, Any]:
-    """Evaluate a slot whose adapter does something; tell which windows fell to this rank."""
+#: For short pieces: one example each, and two tokens of an answer.
+TIGHT = Room(most=100.0, fixed=40.0, each=1.0)
+
+
+def evaluate_shaken(spec: TrialSpec, base: Base, ranks: Ranks, room: Room | None = None) -> dict[str, Any]:
+    """Evaluate a slot whose adapter does something."""
     slot = shaken(new_slot(spec, base, ranks), SPREAD, seed=1)
-    found = slot.evaluate(last=True)
+    found, _ = at_the_end(slot.evaluation(last=True, room=lambda: ranks.share(room)))
     left = {"counts": found.counts.rows, "used": found.counts.density_feature_map(), "scores": found.scores}
     slot.close()
     return left
@@ -201,7 +207,8 @@ def work(rank: int, folder: Path, model: Path, specs: list[TrialSpec]) -> None:
     """One of two workers."""
     ranks = start_worker(rank, 2, folder)
     base = load_base(str(model), "t5")
-    torch.save([evaluate_shaken(spec, base, ranks) for spec in specs], folder / f"rank-{rank}.pt")
+    found = [evaluate_shaken(spec, base, ranks, room) for spec in specs for room in (None, TIGHT)]
+    torch.save(found, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -218,7 +225,7 @@ def test_two_workers_score_questions_and_splits_as_one_does(
     spawn(work, args=(tmp_path, tiny_models["dry-t5"], [squad, mnli]), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
 
-    for index, spec in enumerate((squad, mnli)):
+    for index, spec in enumerate((squad, squad, mnli, mnli)):
         alone = evaluate_shaken(spec, base_of(spec), ranks)
         assert first[index]["scores"] == second[index]["scores"] == pytest.approx(alone["scores"], abs=1e-6)
         assert torch.equal(first[index]["counts"], second[index]["counts"])
@@ -229,6 +236,36 @@ def test_two_workers_score_questions_and_splits_as_one_does(
     rank_of = {place: number // squad.train.eval_batch_size % 2 for number, place in enumerate(order)}
     homes = [{rank_of[n] for n, example in enumerate(validation) if example.row == row} for row in range(13)]
     assert {0, 1} in homes, "a question's windows were on both workers"
+
+
+def at_the_end(pieces: Pieces) -> tuple[Evaluation, int]:
+    """What an evaluation in pieces finds, and how many there were."""
+    count = 0
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value, count
+        count += 1
+
+
+@pytest.mark.parametrize(("name", "task", "fewest"), [("t5", "squad", 60), ("t5", "mnli", 28), ("bert", "mnli", 12)])
+def test_shorter_pieces_find_the_same(
+    open_slot: Open, tiny_models: dict[str, Path], long_squad: Path, mismatched: Path, name: str, task: str, fewest: int
+) -> None:
+    """While others wait: fewer rows, and answers a few tokens at a time."""
+    model = tiny_models[f"dry-{name}"]
+    spec = long_trial(model, long_squad) if task == "squad" else tiny_trial(model, name, mismatched, task)
+    slot = shaken(open_slot(spec), SPREAD, seed=1)
+    want, few = at_the_end(slot.evaluation(last=True))
+    got, many = at_the_end(slot.evaluation(last=True, room=lambda: TIGHT))
+
+    assert few < fewest <= many
+    assert got.scores == want.scores
+    assert got.predictions == want.predictions
+    assert torch.equal(got.counts.rows[:, [1, 3]], want.counts.rows[:, [1, 3]]), "padded as the batch is"
+    assert got.counts.rows[:, 0].tolist() == pytest.approx(want.counts.rows[:, 0].tolist(), rel=1e-4)
+    assert got.generated.tolist() == pytest.approx(want.generated.tolist(), rel=1e-4)
 
 
 # --- MNLI's mismatched rows -------------------------------------------------------------------------------------------
