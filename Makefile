@@ -48,7 +48,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/packing.py --shape nano --source 40
 	$(BIN)/python benchmarks/packing.py --shape xl --checkpointing --rounds 1 --slots 1,8
 	$(BIN)/python benchmarks/makespan.py
-	$(BIN)/python benchmarks/makespan.py --shape base --slots 1,4 --fits 8
+	$(BIN)/python benchmarks/makespan.py --shape base --slots 1,4 --fits 4
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/support.py
 

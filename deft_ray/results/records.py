@@ -63,6 +63,7 @@ class Record:
         started_from: Name of the trial whose adapter it trained on, on a path; empty where it began with a fresh one.
         lambda_layers: ADA-DEFT's layer scale of each block, by layer name; empty without.
         approximation: Approximation of the density loss that was used: l0, tanh, sigmoid, l1 or l2.
+        beta: β of tanh or sigmoid that was used; None for the others.
         config: The sampled and fixed settings, flat, dotted names.
         steps: Optimizer steps done.
         wall_s: From taking the trial to its last row.
@@ -110,6 +111,7 @@ class Record:
     started_from: str = ""
     lambda_layers: dict[str, float] = field(default_factory=dict, hash=False)
     approximation: str = ""
+    beta: float | None = None
     steps: int = 0
     wall_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict, hash=False)

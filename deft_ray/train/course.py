@@ -239,6 +239,7 @@ class Run:
             "dtype": self.host.base.dtype,
             "activation": self.slot.activation,
             "approximation": self.slot.kind,
+            "beta": self.slot.beta,
             "warning": self._warning(),
             "trainable_share": self.slot.trainable_share,
             "times": dict(vars(self.clock)),

@@ -205,6 +205,7 @@ class Slot:
         self.done, self._before = 0, trial.steps_before or steps_of(trial.epochs_before, trial, len(data.train))
         self.micro, self.accumulation = split_batch(trial, ranks.world)
         self.kind = approximation_kind(trial.deft, activation_is_nonnegative(base.sites))
+        self.beta: float | None = getattr(self._approximation_at(trial.deft.epsilon), "beta", None)
         self.warning = warning_of(trial.deft, self.kind, base)
         lengths = list(zip(source_lengths(data.train), target_lengths(data.train), strict=True))
         self._order = BatchOrder(
@@ -408,8 +409,10 @@ class Slot:
 
     def _approximation(self) -> Approximation:
         deft = self.trial.deft
-        epsilon = epsilon_at(self.done, steps=self.steps, start=deft.epsilon, end=deft.epsilon_end)
-        return build_approximation(self.kind, epsilon=epsilon, beta=deft.beta)
+        return self._approximation_at(epsilon_at(self.done, steps=self.steps, start=deft.epsilon, end=deft.epsilon_end))
+
+    def _approximation_at(self, epsilon: float) -> Approximation:
+        return build_approximation(self.kind, epsilon=epsilon, beta=self.trial.deft.beta)
 
     def _learning_rate(self) -> float:
         train = self.trial.train

@@ -62,6 +62,24 @@ def test_all_shipped_specs_are_here() -> None:
     assert quickstart["resources"]["slots_per_host"] == "auto"
 
 
+def test_the_quickstart_shares_passes_and_says_what_that_saved(tmp_path: Path) -> None:
+    """One task of it on one host, with fewer steps."""
+    local = overrides(
+        "data.tasks=[nano-sentiment]", "data.validation_examples=64", "train.steps=30", "resources.hosts=1"
+    )
+    done = sweep(ROOT / "search_spaces" / "quickstart.yaml", tmp_path / "run", *local)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("slots   ")]
+    assert "up to " in said
+    found = records(tmp_path / "run")
+    assert [record["status"] for record in found] == ["complete"] * 5
+    assert max(record["packing"]["slots"] for record in found) > 1
+    assert all(record["packing"]["passes"] == 30 for record in found)
+    assert sum(record["packing"]["shared"] for record in found) > 0
+    assert "- Packing: up to " in (tmp_path / "run" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "family", "tasks"),
     [("glue", "t5", 8), ("squad", "t5", 1), ("glue_roberta", "roberta", 8)],

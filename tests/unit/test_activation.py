@@ -26,6 +26,10 @@ def injecting(_act: Tensor) -> Injections:
     return [(Rows(), Injection(L0(1e-3), torch.rand(ROWS)))]
 
 
+def injecting_shared(_act: Tensor) -> Injections:
+    return [(Rows(), Injection(L0(1e-3), torch.rand(ROWS), torch.rand(D_FF)))]
+
+
 def kept_bytes(forward: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> int:
     """Bytes that autograd keeps of a forward pass, each storage once, that are as long as an activation."""
     torch.manual_seed(0)
@@ -53,10 +57,13 @@ def test_the_loss_keeps_nothing_and_the_fused_gate_a_third_of_stock(dtype: torch
     plain = kept_bytes(lambda pre, linear: stock(pre) * linear, dtype)
     without, with_loss = (MlpActivation(stock, fused=False, observe=observe) for observe in (silent, injecting))
     fused, fused_loss = (MlpActivation(stock, fused=True, observe=observe) for observe in (silent, injecting))
+    with_map, fused_map = (MlpActivation(stock, fused=fuse, observe=injecting_shared) for fuse in (False, True))
 
     assert plain == 6 * size * ELEMENT, "the composed GELU keeps five tensors of its own, the product one more"
     assert kept_bytes(gated(without), dtype) == kept_bytes(gated(with_loss), dtype) == plain
     assert kept_bytes(fused.gate, dtype) == kept_bytes(fused_loss.gate, dtype) == 2 * size * ELEMENT
+    assert kept_bytes(gated(with_map), dtype) == plain, "nor has a loss of the feature map, but for a row of slopes"
+    assert kept_bytes(fused_map.gate, dtype) == 2 * size * ELEMENT
 
 
 @pytest.mark.parametrize("stock", [nn.GELU(), nn.SiLU(), nn.ReLU(), ACT2FN["gelu"]], ids=lambda m: type(m).__name__)

@@ -17,6 +17,7 @@ from deft_ray.density.approximations import (
     Approximation,
     Sigmoid,
     Tanh,
+    add_shared_slope,
     add_slope,
     build_approximation,
     slope,
@@ -155,6 +156,21 @@ def test_add_slope_is_gradient_plus_weight_times_slope(shape: tuple[int, int], k
 
     assert got.dtype == dtype
     assert torch.equal(grad, before)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 1024), (2, 200_000)])
+def test_a_shared_slope_is_added_to_every_row_by_its_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(1)
+    grad, slope_F = torch.randn(*shape, generator=dice).to(dtype), torch.randn(shape[1], generator=dice)
+    weight, before = torch.rand(shape[0], generator=dice), grad.clone()
+
+    got = add_shared_slope(grad, slope_F, weight)
+
+    assert got.dtype == dtype
+    assert torch.equal(grad, before)
+    want = grad.double() + weight.double().unsqueeze(1) * slope_F.double()
     torch.testing.assert_close(got.double(), want, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
 
 

@@ -170,7 +170,7 @@ def test_the_end_says_what_is_doubtful(trial: Trial, serve: Any) -> None:
 def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: Trial, serve: Any) -> None:
     """LoRA of rank r on a matrix of m x n has r (m + n) parameters."""
     end = serve(Inbox(trial(train__steps=2, deft__alpha=1.0, deft__adaptive=True, deft__approximation="auto")))[-1]
-    assert end["approximation"] == "l0"
+    assert (end["approximation"], end["beta"]) == ("l0", None)
     assert end["lambda_layers"].keys() == end["density_layers"].keys() == {site.name for site in base.sites}
     assert all(0.0 <= value <= 1.0 for value in end["lambda_layers"].values())
     assert len(set(end["lambda_layers"].values())) > 1, "drawn with noise"
@@ -180,6 +180,17 @@ def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: 
     trained = sum(4 * sum(m.weight.shape) for m in matrices)  # the adapter's, layer scales aside
     whole = trained + sum(p.numel() for p in base.model.parameters())
     assert end["trainable_share"] == pytest.approx(trained / whole, rel=1e-9)
+
+
+def test_the_end_says_which_beta_tanh_had_where_none_was_asked_for(
+    tiny_models: dict[str, Path], tiny_data: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    base = load_base(str(tiny_models["relu-t5"]), "t5")
+    spec = tiny_trial(tiny_models["relu-t5"], "t5", tiny_data, "mrpc", train__steps=2, deft__loss_of="feature_map")
+    inbox = Inbox(spec)
+    Host(base, ranks, inbox, str(tmp_path / "checkpoints"), "h0").serve()
+    end = inbox.rows[-1]
+    assert (end["approximation"], end["beta"]) == ("tanh", 20.0)
 
 
 def test_long_trials_report_about_twenty_losses(trial: Trial, serve: Any) -> None:

@@ -38,7 +38,14 @@ Trial = Callable[..., TrialSpec]
 #: Trials that differ in their task, loss, adapter, length, evaluations and seed.
 MIXED: list[dict[str, Any]] = [
     {"deft__alpha": 0.0, "train__steps": 6, "train__evaluations": 3},
-    {"task": "sst2", "deft__alpha": 3.0, "deft__epsilon": 1e-2, "adapter__r": 2, "seed": 1},
+    {
+        "task": "sst2",
+        "deft__alpha": 3.0,
+        "deft__epsilon": 1e-2,
+        "adapter__r": 2,
+        "train__schedule": "constant",
+        "seed": 1,
+    },
     {"deft__alpha": 1.0, "deft__approximation": "sigmoid", "adapter__target_modules": ["q", "v"], "train__steps": 9},
     {"task": "stsb", "deft__alpha": 2.0, "deft__adaptive": True, "deft__epsilon": 1e-4, "train__steps": 5},
     {"task": "squad", "deft__alpha": 1.0, "deft__approximation": "l1", "data__max_target_tokens": 4, "seed": 2},
@@ -209,7 +216,8 @@ def check_end(end: Row, other: Row, looser: float = 1) -> None:
     if other.get("adapter"):
         assert end["adapter"] != other["adapter"]
         weights = [load_file(Path(each["adapter"]) / "adapter_model.safetensors") for each in (end, other)]
-        assert (worst(*weights) < 1e-5) if looser == 1 else (learnt_apart(*weights) < 1e-4 * looser)
+        assert worst(*weights) < (1e-5 if looser == 1 else 0.05), "of a weight without a gradient: whole steps"
+        assert looser == 1 or learnt_apart(*weights) < 1e-4 * looser
 
 
 @pytest.mark.parametrize("slots", [2, 4, 8])
@@ -311,6 +319,16 @@ def test_a_freed_slot_takes_the_next_trial_at_once(mixed: list[TrialSpec], serve
     assert sum(passes) == sum(2 + number % 3 for number in range(9))
     # a trial of two to four steps is evaluated in one turn: three in four train, and at the end there are no more
     assert sum(passes[:-4]) / len(passes[:-4]) >= 0.75 * 3
+
+
+def test_the_slot_of_a_stopped_trial_takes_the_next_one_at_once(
+    mixed: list[TrialSpec], serve: Serve, passes: list[int]
+) -> None:
+    train = mixed[0].train.model_copy(update={"steps": 6, "evaluations": 1})
+    four = [mixed[0].model_copy(update={"trial": f"s{number}", "train": train}) for number in range(4)]
+    inbox = serve(Inbox(*four, stops={"s0": 2}), 3)
+    assert [end_of(inbox, trial)["status"] for trial in four] == ["stopped", *["complete"] * 3]
+    assert passes == [3] * 6 + [1] * 2
 
 
 def test_an_evaluation_leaves_room_for_a_step_of_the_others_after_each_batch(

@@ -31,6 +31,8 @@ def test_the_defaults_are_those_of_the_schema() -> None:
     assert deft.epsilon == 1e-7
     assert ROWS["approximation"].startswith("as the paper (`auto`)")
     assert deft.approximation == "auto"
+    assert ROWS["what the loss is of"].startswith("each activation (`deft.loss_of: activations`)")
+    assert deft.loss_of == "activations"
     assert ROWS["padding in loss and density"].startswith("not counted")
     assert not deft.count_padding
     assert ROWS["RoBERTa's and BERT's head"].startswith("the model's own (`adapter.head: own`)")

@@ -169,7 +169,14 @@ def check_near(got: Left, want: Left) -> None:
 #: Settings that differ in everything that slots may differ in; two of them have layer scales on the same blocks.
 MIXED: list[dict[str, Any]] = [
     {"task": "mrpc", "deft__alpha": 0.0},
-    {"task": "sst2", "deft__alpha": 3.0, "deft__epsilon": 1e-2, "adapter__r": 2, "seed": 1},
+    {
+        "task": "sst2",
+        "deft__alpha": 3.0,
+        "deft__epsilon": 1e-2,
+        "adapter__r": 2,
+        "train__schedule": "constant",
+        "seed": 1,
+    },
     {
         "task": "mrpc",
         "deft__alpha": 1.0,
@@ -186,6 +193,7 @@ MIXED: list[dict[str, Any]] = [
         "deft__loss_of": "feature_map",
         "deft__epsilon": 1e-2,
         "train__learning_rate": 3e-3,
+        "train__warmup_share": 0.5,
         "adapter__r": 8,
     },
     {

@@ -22,8 +22,9 @@ from transformers.activations import NewGELUActivation
 
 from deft_ray.density.activation import MlpActivation
 from deft_ray.density.approximations import L0, L1, L2, Approximation, Sigmoid, Tanh
+from deft_ray.density.chunks import chunks
 from deft_ray.density.counts import TAUS, DensityCounts
-from deft_ray.density.probe import DensityProbe, Penalty
+from deft_ray.density.probe import DensityProbe, Penalty, _feature_map
 from deft_ray.density.sites import Site
 
 WIDE = L0(1e-2)
@@ -352,8 +353,8 @@ def test_micro_batches_with_their_share_add_up_to_the_whole_batch(sizes: tuple[i
     assert_gradients_close({name: plain[name] + grad for name, grad in added.items()}, want, 2e-6)
 
 
-#: Kind of block, and how it is computed again.
-DISTRIBUTED = list(product((KINDS[0], KINDS[5]), ("none", "non-reentrant")))
+#: Kind of block, how it is computed again, and whether the loss is of the feature map.
+DISTRIBUTED = list(product((KINDS[0], KINDS[5]), ("none", "non-reentrant"), (False, True)))
 ALPHAS = {"encoder": 1.5, "decoder": 4.0}
 
 
@@ -383,13 +384,13 @@ def train_two_rows(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = []
-    for kind, recompute in DISTRIBUTED:
+    for kind, recompute, feature_map in DISTRIBUTED:
         model, inputs, masks = four_rows(kind)
         inputs, mine = two_rows(rank, inputs, masks)
         weights = {side: 2 * ALPHAS[side] * int(mine[side].sum()) / int(masks[side].sum()) for side in masks}
         model = twin(model, recompute)
         probe, parallel = DensityProbe(model.sites, fused=kind.fused), DistributedDataParallel(model)
-        with probe.penalising(Penalty(WIDE, weights, mine)):
+        with probe.penalising(Penalty(WIDE, weights, mine, feature_map=feature_map)):
             parallel(*inputs).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.save(found, folder / f"rank-{rank}.pt")
@@ -397,18 +398,41 @@ def train_two_rows(rank: int, folder: Path) -> None:
 
 
 def test_ranks_with_their_share_average_to_the_whole_batch(tmp_path: Path) -> None:
-    """By torch's own DistributedDataParallel, where ranks have unlike numbers of real tokens."""
+    """By torch's own DistributedDataParallel, where ranks have unlike numbers of real tokens.
+
+    A loss of the feature map is of each rank's own map, by its share of the tokens.
+    """
     spawn(train_two_rows, args=(tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
-    for place, (kind, _) in enumerate(DISTRIBUTED):
+    for place, (kind, _, feature_map) in enumerate(DISTRIBUTED):
         model, inputs, masks = four_rows(kind)
+        halves = [two_rows(rank, inputs, masks) for rank in range(2)]
+        assert all(torch.equal(second[place][name], grad) for name, grad in first[place].items())
+        if feature_map:
+            weighed = [
+                {side: 2 * ALPHAS[side] * int(mine[side].sum()) / int(masks[side].sum()) for side in masks}
+                for _, mine in halves
+            ]
+            one, other = (
+                reference(twin(model), half, "l0", weights, mine, feature_map=True)
+                for (half, mine), weights in zip(halves, weighed, strict=True)
+            )
+            assert_gradients_close(first[place], {name: (one[name] + other[name]) / 2 for name in one}, 2e-6)
+            continue
         want = reference(twin(model), inputs, "l0", ALPHAS, masks)
         assert_gradients_close(first[place], want, 2e-6)
-        assert all(torch.equal(second[place][name], grad) for name, grad in first[place].items())
-        halves = [two_rows(rank, inputs, masks) for rank in range(2)]
         alone = [reference(twin(model), half, "l0", ALPHAS, mine) for half, mine in halves]
         unweighed = {name: sum(grads[name] for grads in alone) / 2 for name in want}
         assert max(apart(unweighed[name], grad) for name, grad in want.items()) > 0.01, "the shares have to matter"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feature_map_of_a_layer_in_several_pieces_is_each_neurons_mean(dtype: torch.dtype) -> None:
+    act = (torch.randn(40, 8, 2048, generator=torch.Generator().manual_seed(0)) + 1.0).to(dtype)
+    mask = (torch.rand(40, 8, generator=torch.Generator().manual_seed(1)) < 0.6).float()
+    assert len(list(chunks(act.reshape(-1, 2048)))) > 4
+    got = _feature_map(act, mask.reshape(-1) / (mask.sum() * 2048))
+    torch.testing.assert_close(got.double(), act.double()[mask.bool()].mean(dim=0), rtol=1e-5, atol=0.0)
 
 
 def test_a_feature_map_can_vanish_where_no_activation_does() -> None:
@@ -497,7 +521,8 @@ def test_counts_are_numpys(real: float, dtype: torch.dtype) -> None:
     assert counts.density_at_tau() == (
         {f"{tau:g}": both[4 + i] / both[1] for i, tau in enumerate(TAUS)} if both[1] else {}
     )
-    assert counts.density_layers().keys() == ({"encoder.0", "decoder.0"} if both[1] else set())
+    layers = zip(("encoder.0", "decoder.0"), total, strict=True)
+    assert counts.density_layers() == {name: mine[0] / mine[1] for name, mine in layers if mine[1]}
     assert counts.density_feature_map() == (used.mean() if both[1] else None)
 
 

@@ -61,6 +61,7 @@ def test_what_the_density_loss_costs_is_what_was_measured() -> None:
     saved = found["saved_for_backward"]
     more = [saved[kind]["bytes_per_activation_beyond_peft"] for kind in ("none", "non-reentrant", "reentrant")]
     assert all(kind["deft"] == kind["fused_deft"] - kind["fused_peft"] == 0 for kind in more)
+    assert max(r["median"] for r in (*ratios, *(kind["ada_deft"] for kind in kinds))) <= 1.03, "as was asked"
     adaptive = [round(kind["ada_deft"]["median"], 2) for kind in kinds]
     times = [round(kind[way]["median"], 2) for kind in kinds for way in ("naive", "naive_float32")]
     assert said[9:] == [*adaptive, 1.03, more[0]["naive"], more[1]["naive"], min(times), max(times)]
@@ -83,6 +84,8 @@ def test_what_padding_and_starting_cost_is_what_was_measured() -> None:
     ratios = [round(task["grouped_over_fixed"]["median"], 1) for task in tasks]
     shares = [round(100 * task["real_share_grouped"]) for task in tasks]
     assert said == [*ratios[:2], 2, ratios[2], 12, *shares]  # the 2 is SST-2's
+    assert min(ratios) >= 2, "as was asked, and the shares"
+    assert min(shares) >= 90
     start = result("start_up")
     host, fit = start["host_startup_s"], start["fit_per_trial_startup_s"]
     assert figures("from the end of a trial to the first step of the next, two workers") == [
@@ -137,12 +140,12 @@ def test_memory_of_slots_is_what_was_measured() -> None:
 def test_the_makespan_of_a_larger_shape_is_what_was_measured() -> None:
     found = result("makespan_base")
     (one, four), fits = found["sweeps"], found["fits"]
-    assert [one["slots"], four["slots"], len(fits["each_s"])] == [1, 4, 8]
+    assert [one["slots"], four["slots"], len(fits["each_s"])] == [1, 4, 4]
     wanted = [round(one["makespan_s"]), round(four["makespan_s"]), round(four["one_slot_over_this"], 2), 1.4]
-    wanted += [round(fits["makespan_s"]), 8, round(found["sweep_over_fits"]["4"], 2)]
+    wanted += [round(fits["makespan_s"]), 4, round(found["sweep_over_fits"]["4"], 2)]
     wanted += [round(one["peak_gib"], 1), round(four["peak_gib"], 1)]
-    # "8 steps", "Flan-T5", "NF4" and "4 x 64" have figures of their own
-    assert figures(f"a sweep of {found['trials']} trials of")[5:] == wanted
+    # "20 steps", "Flan-T5", "NF4" and "4 x 64" have figures of their own; the last are those of passes and of a trial
+    assert figures(f"a sweep of {found['trials']} trials of")[5:-4] == wanted
 
 
 def test_a_sweeps_makespan_is_what_was_measured() -> None:

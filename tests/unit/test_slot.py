@@ -269,19 +269,25 @@ def test_every_approximation_has_the_gradient_of_its_built_loss(
     assert worst(without, want) > 1e-2
 
 
+def squashed(mean: Tensor) -> Tensor:
+    """l0 of the feature map."""
+    return mean**2 / (mean**2 + EPSILON)
+
+
 @pytest.mark.parametrize("micro", [None, 3, 1])
 @pytest.mark.parametrize(
     ("name", "leaves", "soft"),
     [
         ("relu-t5", {"deft__beta": 20.0, "deft__approximation": "tanh"}, lambda mean: torch.tanh(20.0 * mean)),
-        ("dry-t5", {"deft__epsilon": EPSILON}, lambda mean: mean**2 / (mean**2 + EPSILON)),
+        ("dry-t5", {"deft__epsilon": EPSILON}, squashed),
+        ("dry-t5", {"deft__epsilon": EPSILON, "model__quantization": "nf4"}, squashed),
     ],
 )
 def test_a_loss_of_the_feature_map_has_the_gradient_of_the_built_one(
     trial: Trial, open_slot: Any, name: str, leaves: dict[str, Any], soft: Callable[[Tensor], Tensor], micro: int | None
 ) -> None:
     """Of each micro-batch's own map, by its share of the tokens; activations of both signs cancel in the second."""
-    leaves |= {"train__micro_batch_size": micro, "train__max_grad_norm": 0.0, "adapter__lora_dropout": 0.0}
+    leaves = leaves | {"train__micro_batch_size": micro, "train__max_grad_norm": 0.0, "adapter__lora_dropout": 0.0}
     slot = shaken(open_slot(trial(name, "squad", deft__alpha=5.0, deft__loss_of="feature_map", **leaves)))
     slot.model.eval()  # relu-t5 has dropout
     batch = slot._collate(first_examples(slot))
@@ -322,14 +328,22 @@ def test_gradient_checkpointing_changes_nothing(trial: Trial, open_slot: Any, na
     assert same(plain, checkpointed)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("alpha", [0.0, 2.0])
-def test_zero_stages_give_the_same_losses(trial: Trial, open_slot: Any, alpha: float, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "loss_of", "checkpointing"),
+    [
+        *((alpha, "activations", checkpointing) for alpha in (0.0, 2.0) for checkpointing in (False, True)),
+        (2.0, "feature_map", True),
+    ],
+)
+def test_zero_stages_give_the_same_losses(
+    trial: Trial, open_slot: Any, alpha: float, loss_of: str, checkpointing: bool
+) -> None:
     losses, adapters = [], []
     for stage in (0, 1, 2, 3):
         spec = trial(
             "t5",
             deft__alpha=alpha,
+            deft__loss_of=loss_of,
             deft__epsilon=EPSILON,
             train__zero_stage=stage,
             train__micro_batch_size=3,
@@ -388,10 +402,12 @@ def test_the_paged_optimizer_is_adamw(trial: Trial, open_slot: Any, stage: int) 
     assert any(abs(value - 0.8) > 0.05 for value in lambdas[0].values())
 
 
-def test_the_density_loss_falls_where_it_is_asked_to(trial: Trial, open_slot: Any) -> None:
+@pytest.mark.parametrize("loss_of", ["activations", "feature_map"])
+def test_the_density_loss_falls_where_it_is_asked_to(trial: Trial, open_slot: Any, loss_of: str) -> None:
     densities = {}
     for alpha in (0.0, 20.0):
-        slot = open_slot(trial("dry-t5", deft__alpha=alpha, deft__epsilon=0.1, train__steps=12))
+        leaves = {"deft__alpha": alpha, "deft__loss_of": loss_of, "train__steps": 12}
+        slot = open_slot(trial("dry-t5", deft__epsilon=0.1 if loss_of == "activations" else 0.01, **leaves))
         results = [slot.step(measure=True) for _ in range(12)]
         densities[alpha] = [result.density_loss for result in results]
         sides = [result.penalty for result in results]
