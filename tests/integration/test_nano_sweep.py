@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -155,4 +156,6 @@ def test_quickstart_with_two_workers_and_every_zero_stage(tmp_path: Path) -> Non
     found = records(tmp_path / "run")
     assert {record["status"] for record in found} == {"complete"}
     assert {record["config"]["model.quantization"] for record in found} == {"nf4"}
-    assert [record["config"]["train.zero_stage"] for record in found] == [0] * 3 + [1] * 3 + [2] * 3
+    tasks = ("nano-sentiment", "nano-entailment", "nano-question")  # who ends first is the clock's affair
+    trained = sorted((record["task"], record["config"]["train.zero_stage"]) for record in found)
+    assert trained == sorted(product(tasks, range(3)))
