@@ -29,6 +29,11 @@ REMEMBERED, REMEMBERED_TURNS, KEPT = 16, 4 * PROBED, 4
 #: Fewer slots will do if a trial's part of a pass costs at most so much more with them: the search learns sooner, and
 #: hosts end together. Dealt out in twos and threes, the quickstart's last trials left a host idle for a tenth of it.
 WORTH = 0.2
+#: Seconds of training that a piece of an evaluation may have, for each second of the others' passes.
+#: A backward pass costs at least what the forward pass before it does, so a piece of twice as many would take as long;
+#: less a fifth, as there are counts and the logits of all candidates. With two, half of the pieces of Flan-T5-base's
+#: shape took longer than a step, up to 1.15 times.
+EVALUATED = 1.6
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,11 @@ class PassCost:
     def room(self) -> Room | None:
         """What passes of an evaluation may take, to take no longer than those of the last turn; None if nothing passed.
 
-        A backward pass costs at least what the forward pass before it does, so a pass without one is taken to cost half
-        of what it would in training.
+        See :data:`EVALUATED`.
         """
         fixed, each = self._line or (0.0, 1.0)
-        return Room(2 * (fixed * len(self._turn) + each * sum(self._turn)), fixed, each) if self._turn else None
+        seconds = fixed * len(self._turn) + each * sum(self._turn)
+        return Room(EVALUATED * seconds, fixed, each) if self._turn else None
 
     def slots_worth(self, most: int) -> int:
         """Slots that are worth having, of at most so many.

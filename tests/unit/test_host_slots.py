@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.tasks.encoding import Example
-from deft_ray.train.cost import PassCost, Size, tokens_of
+from deft_ray.train.cost import EVALUATED, PassCost, Size, tokens_of
 from deft_ray.train.course import Run
 from deft_ray.train.evaluation import Evaluator
 from deft_ray.train.host import Host, Taken
@@ -334,7 +334,7 @@ def test_the_slot_of_a_stopped_trial_takes_the_next_one_at_once(
 def test_an_evaluation_leaves_room_for_a_step_of_the_others_after_each_batch(
     mixed: list[TrialSpec], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no batch has more than twice the tokens of the step before it, as nothing else is known of costs so far."""
+    """And no batch has more than EVALUATED times the tokens of the step before it, as costs are not known so far."""
     told: list[tuple[str, int]] = []
     rows: list[int] = []
     run, predicting = Pack.run, Evaluator._predict_part
@@ -367,8 +367,8 @@ def test_an_evaluation_leaves_room_for_a_step_of_the_others_after_each_batch(
     assert [what for what, _ in during] == ["batch", "step"] * (count - 1) + ["batch"]
     for place in range(count):
         (_, before), (_, tokens) = told[first + 2 * place - 1 : first + 2 * place + 1]
-        assert tokens <= 2 * before
-        assert place == count - 1 or tokens * (rows[place] + 1) > 2 * before * rows[place], "one more would not fit"
+        assert tokens <= EVALUATED * before
+        assert place == count - 1 or tokens * (rows[place] + 1) > EVALUATED * before * rows[place], "no room for more"
 
 
 @pytest.mark.parametrize("seed", range(5))
