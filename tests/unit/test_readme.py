@@ -126,6 +126,21 @@ def test_slots_in_one_pass_are_as_fast_as_measured() -> None:
     assert figures("four slots in one pass")[4:] == [round(figure, 2) for figure in wanted]
 
 
+def test_what_others_wait_for_an_evaluation_is_what_was_measured() -> None:
+    base, nano = (result(f"packing_{shape}_nf4_float32_cpu")["evaluation"] for shape in ("base", "nano"))
+    parts = [base["nano-sentiment"], nano["nano-sentiment"], nano["nano-question"]]
+    pieces, whole = ([part[way]["piece_over_step"] for part in parts] for way in ("pieces", "whole_batches"))
+    wanted = [piece[which] for piece in pieces for which in ("median", "most")]
+    longer = [
+        part["pieces"]["evaluation_s"]["median"] / part["whole_batches"]["evaluation_s"]["median"] for part in parts
+    ]
+    said = figures("what three trials in training wait for one that is evaluated")
+    # "Flan-T5", "NF4", "4 x 64" and batches of 64 have figures of their own
+    assert said[4:10] == [round(figure, 2) for figure in wanted]
+    assert said[11:] == [round(figure, 2) for figure in (*(batch["most"] for batch in whole), *longer)]
+    assert max(piece["median"] for piece in pieces) <= 1, "no longer than a step, as was asked"
+
+
 def test_memory_of_slots_is_what_was_measured() -> None:
     found = result("packing_xl_nf4_float32_checkpointed_cpu")
     one, eight = found["slots"]["steps"]
