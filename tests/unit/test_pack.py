@@ -169,14 +169,7 @@ def check_near(got: Left, want: Left) -> None:
 #: Settings that differ in everything that slots may differ in; two of them have layer scales on the same blocks.
 MIXED: list[dict[str, Any]] = [
     {"task": "mrpc", "deft__alpha": 0.0},
-    {
-        "task": "sst2",
-        "deft__alpha": 3.0,
-        "deft__epsilon": 1e-2,
-        "adapter__r": 2,
-        "train__schedule": "constant",
-        "seed": 1,
-    },
+    {"task": "sst2", "deft__alpha": 3.0, "deft__epsilon": 1e-2, "adapter__r": 2, "seed": 1},
     {
         "task": "mrpc",
         "deft__alpha": 1.0,
@@ -213,6 +206,7 @@ MIXED: list[dict[str, Any]] = [
         "deft__lambda_noise": 0.1,
         "deft__epsilon": 1e-2,
         "train__max_grad_norm": 0.1,
+        "train__schedule": "constant",
         "train__batch_size": 3,
     },
 ]
