@@ -66,7 +66,7 @@ class Stepped:
     late: bool
 
 
-#: What a trial does, pausing for each pass: True is for a step, which is answered, False for a batch of an evaluation.
+#: What a trial does, pausing for each pass: True is for a step, which is answered, False for a piece of an evaluation.
 Course = Generator[bool, Stepped | None, None]
 
 

@@ -90,7 +90,7 @@ class Evaluation:
         return next(iter(self.scores.values())), density
 
 
-#: An evaluation that pauses after every batch.
+#: An evaluation that pauses after every batch, or every part of one.
 Pieces = Generator[None, None, Evaluation]
 
 
@@ -205,8 +205,8 @@ class Evaluator:
         mine: dict[int, Prediction] = {}
         batches = self._batches(examples)
         for turn in range(0, len(batches), self.ranks.world):
-            places = turn + self.ranks.rank
-            indices = batches[places] if places < len(batches) else []  # at the end some have none
+            place = turn + self.ranks.rank
+            indices = batches[place] if place < len(batches) else []  # at the end some have none
             predicted = yield from self._in_pieces([examples[i] for i in indices], tau, counts, generated)
             mine.update(zip(indices, predicted, strict=True))
         everybodys = {index: value for part in self.ranks.gather(mine) for index, value in part.items()}
