@@ -16,6 +16,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from deft_ray.spec.machine import KEEP_FREED
 from deft_ray.spec.schema import ModelSection, TrialSpec
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class HostThread(threading.Thread):
                 storage_path=settings.storage,
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 callbacks=[_ReleaseOnFailure(self._dispatcher, self.host)],  # type: ignore[list-item]  # Ray's own kind
+                worker_runtime_env={"env_vars": {} if settings.gpus else KEEP_FREED},
             ),
         )
         trainer.outlived = settings.shared_ray

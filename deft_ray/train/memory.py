@@ -5,6 +5,7 @@ On a GPU these are the figures of torch's allocator, on a CPU those of the proce
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Holds:
 
 
 class DeviceMemory:
-    """Memory of a worker's device, in bytes.
+    """Memory of a worker's device, in bytes; what the process keeps but does not use counts as free.
 
     Args:
         device: The GPU, or the CPU.
@@ -56,6 +57,7 @@ class DeviceMemory:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        _give_back()
         try:
             (_PROCESS / "clear_refs").write_text("5")
         except OSError:  # not on Linux, or not allowed: the peak is that of the process from its start
@@ -64,7 +66,10 @@ class DeviceMemory:
     @property
     def used(self) -> int:
         """What this worker takes now."""
-        return torch.cuda.memory_allocated(self.device) if self.on_gpu else read_kib(_PROCESS / "status", "VmRSS")
+        if self.on_gpu:
+            return torch.cuda.memory_allocated(self.device)
+        _give_back()
+        return read_kib(_PROCESS / "status", "VmRSS")
 
     @property
     def peak(self) -> int:
@@ -77,7 +82,15 @@ class DeviceMemory:
         if self.on_gpu:
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + unused
+        _give_back()
         return int(self.share * free_memory())
+
+
+def _give_back() -> None:
+    """Give memory back to Linux that glibc keeps, as of :data:`~deft_ray.spec.machine.KEEP_FREED`; else nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 class FirstStep:

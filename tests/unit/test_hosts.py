@@ -35,6 +35,7 @@ def test_workers_with_gpus_talk_over_nccl(monkeypatch: pytest.MonkeyPatch, gpus:
     scaling = asked["scaling_config"]
     assert (scaling.num_workers, scaling.use_gpu) == (3, gpus > 0)
     assert scaling.resources_per_worker == ({"CPU": 2, "GPU": 1} if gpus else {"CPU": 2})
+    assert asked["run_config"].worker_runtime_env == {"env_vars": {} if gpus else hosts.KEEP_FREED}
 
 
 class _Ray:
