@@ -130,7 +130,12 @@ def attach_adapter(
             raise
     else:
         model = beside
-        model.add_adapter(name, config)
+        try:
+            model.add_adapter(name, config)
+        except Exception:  # whatever it was, the others train on: PEFT leaves them half frozen, and half of this one
+            model.peft_config.setdefault(name, config)
+            detach_adapter(model, name)
+            raise
     for _, parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
     if gradient_checkpointing:

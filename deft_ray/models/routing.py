@@ -192,12 +192,8 @@ class LoraUpdates(torch.autograd.Function):
             is_quantised: Whether updates are cast before they are added, as PEFT does on quantised layers.
             weights: A and B of each once more, for autograd.
         """
-        if out_B._is_view() or not out_B.is_contiguous():
-            out_B = out_B.clone(memory_format=torch.contiguous_format)
-        else:
-            ctx.mark_dirty(out_B)
-        input_NI, updated_NO = _flat(input_B), _flat(out_B)
-        batches, lows = _batches(updates, len(updated_NO)), []
+        input_NI, out_NO = _flat(input_B), _flat(out_B)
+        updated_NO, batches, lows = out_NO.clone(), _batches(updates, len(out_NO)), []
         for batch, down_KRI, up_KOR in _stacked(batches, weights):
             low_KNR = torch.bmm(batch.of(input_NI).to(down_KRI.dtype), down_KRI.mT).mul_(batch.scaling)
             mine_KNO = batch.of(updated_NO)
@@ -209,7 +205,7 @@ class LoraUpdates(torch.autograd.Function):
             lows.append(low_KNR)
         ctx.batches = batches
         ctx.save_for_backward(input_B, *lows, *weights)
-        return out_B
+        return updated_NO.view(out_B.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,9 +213,7 @@ class LoraUpdates(torch.autograd.Function):
         input_B, *saved = ctx.saved_tensors
         lows, weights = saved[: len(ctx.batches)], saved[len(ctx.batches) :]
         input_NI, grad_NO, found = _flat(input_B), _flat(grads[0]), list[Tensor | None]()
-        covered = sum(batch.place.stop - batch.place.start for batch in ctx.batches) == len(input_NI)
-        new = torch.empty_like if covered else torch.zeros_like
-        grad_NI = new(input_NI) if ctx.needs_input_grad[0] else None
+        grad_NI = torch.zeros_like(input_NI) if ctx.needs_input_grad[0] else None
         for (batch, down_KRI, up_KOR), low_KNR in zip(_stacked(ctx.batches, weights), lows, strict=True):
             grad_KNO = batch.of(grad_NO).to(up_KOR.dtype)
             grad_KNR = torch.bmm(grad_KNO, up_KOR).mul_(batch.scaling)

@@ -130,15 +130,17 @@ class Books:
         found = self._points()
         lines = []
         for task in self._fronts(found):
-            chosen = [point for point in front([p for p in found if p.task == task]) if not point.reference]
+            on_front = front([point for point in found if point.task == task])
+            chosen = [point for point in on_front if not point.reference]
             baseline = next((p for p in merge(found) if p.task == task and p.reference), None)
             if baseline is None or not chosen:
                 lines.append(f"{task}: no front beside the baseline" if baseline else f"{task}: no usable baseline")
                 continue
             best = min(chosen, key=lambda point: point.density or 0.0)
+            with_baseline = ", the baseline with them" if len(chosen) < len(on_front) else ""
             metric = "mean score" if task == ALL_TASKS else find_task(task, self.spec.data).metric
             lines.append(
-                f"{task}: {len(chosen)} on the front; lowest density {best.density:.3f} ({best.name}, "
+                f"{task}: {len(on_front)} on the front{with_baseline}; lowest density {best.density:.3f} ({best.name}, "
                 f"{metric} {best.score:.3f}), baseline {baseline.density:.3f} ({baseline.score:.3f})"
             )
         return lines

@@ -24,6 +24,7 @@ class Dispatcher:
         self._hosts_ended: dict[str, str | None] = {}
         self._predictions: dict[str, dict[str, list[float]]] = {}
         self._slots: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
 
     async def submit(self, trial: str, spec: str, behind: Sequence[str] = ()) -> None:
         """Queue a trial; see :meth:`Board.submit`."""
@@ -91,9 +92,15 @@ class Dispatcher:
         """Hosts that will not come back, and why."""
         return self._hosts_ended
 
-    async def has_slots(self, host: str, slots: int) -> None:
-        """A host takes so many trials at once from now on."""
+    async def has_slots(self, host: str, slots: int, limit: int | None) -> None:
+        """A host takes so many trials at once from now on, as memory held no pass of more than ``limit``."""
         self._slots[host] = slots
+        if limit is not None:
+            self._limits[host] = limit
+
+    async def limit(self, host: str) -> int | None:
+        """Return how many slots of a pass a host's memory holds, where it has not held one more, in any life."""
+        return self._limits.get(host)
 
     async def slots(self) -> dict[str, int]:
         """Trials that hosts take at once, of those that have told."""

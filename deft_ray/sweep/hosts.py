@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,11 @@ class HostSettings:
     slots: int | None
     memory_share: float
     shared_ray: bool
+
+
+def keep_freed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return :data:`KEEP_FREED`, but for what the user has set."""
+    return {name: environment.get(name, value) for name, value in KEEP_FREED.items()}
 
 
 class _ReleaseOnFailure(UserCallback):
@@ -117,7 +123,7 @@ class HostThread(threading.Thread):
                 storage_path=settings.storage,
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 callbacks=[_ReleaseOnFailure(self._dispatcher, self.host)],  # type: ignore[list-item]  # Ray's own kind
-                worker_runtime_env={"env_vars": {} if settings.gpus else KEEP_FREED},
+                worker_runtime_env={"env_vars": {} if settings.gpus else keep_freed(os.environ)},
             ),
         )
         trainer.outlived = settings.shared_ray
@@ -173,8 +179,10 @@ def serve(config: dict[str, Any]) -> None:
     inbox = DispatcherInbox(dispatcher, host, life)
     tokens = tokens_folder(settings.run)
     drop_older_tokens(tokens)
+    limit = ray.get(dispatcher.limit.remote(host)) if rank == 0 else None
+    how = settings.checkpoints, host, settings.slots, settings.memory_share, tokens, limit
     try:
-        Host(base, ranks, inbox, settings.checkpoints, host, settings.slots, settings.memory_share, tokens).serve()
+        Host(base, ranks, inbox, *how).serve()
     finally:
         shutil.rmtree(tokens, ignore_errors=True)  # who has mapped a file keeps it; who comes later writes it again
 
@@ -256,9 +264,9 @@ class DispatcherInbox:
             self._stops.pop(trial, None)
             ray.get(sent)
 
-    def has_slots(self, slots: int) -> None:
-        """Tell the sweep how many trials this host takes at once."""
-        self._dispatcher.has_slots.remote(self._host, slots)
+    def has_slots(self, slots: int, limit: int | None) -> None:
+        """Tell the sweep how many trials this host takes at once, and how many memory was found to hold in a pass."""
+        self._dispatcher.has_slots.remote(self._host, slots, limit)
 
 
 def storage_path(storage: str) -> str:

@@ -33,7 +33,7 @@ from deft_ray.tasks.rows import hold_out, load_beside, load_rows
 from deft_ray.train.cost import Room, tokens_of
 from deft_ray.train.course import Run, Stepped, end_row
 from deft_ray.train.memory import DeviceMemory, FirstStep, Holds
-from deft_ray.train.pack import Pack
+from deft_ray.train.pack import Pack, is_out_of_memory
 from deft_ray.train.ranks import Ranks, is_about_company
 from deft_ray.train.slot import Slot, StepResult, step_together
 from deft_ray.train.storage import TrialStorage
@@ -79,8 +79,13 @@ class Inbox(Protocol):
     def send(self, trial: str, row: dict[str, Any]) -> None:
         """Send a row of a running trial; called on rank 0, and by a rank that fails alone."""
 
-    def has_slots(self, slots: int) -> None:
-        """Take note of how many trials the host takes at once; told on rank 0 whenever that changes."""
+    def has_slots(self, slots: int, limit: int | None) -> None:
+        """Take note of what the host has found; told on rank 0 whenever that changes.
+
+        Args:
+            slots: Trials that it takes at once.
+            limit: Slots of a pass that memory holds, once it has not held one more.
+        """
 
 
 class Host:
@@ -95,6 +100,7 @@ class Host:
         slots: Trials that train at once; None for as many as memory is found to hold, and as make a difference.
         memory_share: Which part of the machine's free memory each worker may take.
         tokens: Folder of tokenised tasks that all workers of this node share; None to tokenise them here.
+        limit: Slots of a pass that memory held in the host's last life, where it did not hold one more; as rank 0 says.
 
     Attributes:
         slots: Trials that it takes at once; where it finds that out, one until a trial's first step has been measured.
@@ -111,9 +117,12 @@ class Host:
         slots: int | None = 1,
         memory_share: float = 1.0,
         tokens: Path | None = None,
+        limit: int | None = None,
     ) -> None:
         self.base, self.ranks, self.inbox, self.checkpoints, self.name = base, ranks, inbox, checkpoints, name
-        self._asked, self.slots = slots, slots or 1
+        self._asked, self._limit = slots, ranks.share(limit)
+        self.slots = min(slots or 1, self._limit or slots or 1)
+        self._told = self.slots, self._limit
         self.memory = DeviceMemory(base.model.device, memory_share)
         self._first: FirstStep | None = None
         self._holds: Holds | None = None
@@ -128,7 +137,7 @@ class Host:
     @property
     def limit(self) -> int | None:
         """Slots that memory holds, once it has not held one more."""
-        return self._pack.limit if self._pack is not None else None
+        return self._pack.limit if self._pack is not None else self._limit
 
     @property
     def memory_gib(self) -> dict[str, float]:
@@ -194,8 +203,9 @@ class Host:
             run = self._open(taken, started)
         except CannotShareError:
             self._held = taken
-        except Exception as error:  # a border: whatever it was, it is a row
-            self._fail(taken.trial.trial, started, error)
+        except Exception as error:  # a border: whatever it was, it is a row, or there is memory later
+            if not self._fail(taken.trial.trial, started, error, beside_others=bool(self._runs)):
+                self._held = replace(taken, apart=True)
         else:
             self._runs.append(run)
             self._go_on(run)
@@ -205,7 +215,9 @@ class Host:
         if not self._runs:
             self._first = FirstStep(self.memory)
             fused = trial.model.activation == "fused"
-            self._pack = self._pack if self._pack and self._pack.fused == fused else Pack(self.base, fused=fused)
+            if self._pack is None or self._pack.fused != fused:
+                self._limit, self._pack = self.limit, Pack(self.base, fused=fused)
+                self._pack.limit = self._limit
         storage = TrialStorage(self.checkpoints, trial.trial, fingerprint(trial))
         with ExitStack() as fetched:
             fresh = self.ranks.share(self.ranks.leads and storage.latest() is None)
@@ -264,10 +276,11 @@ class Host:
         most = self._asked or MOST_SLOTS
         limit, slots = (-low for low in self.ranks.maximum(-(self._pack.limit or most), -self._wanted_slots()))
         self._pack.limit = limit if limit < most else None
-        slots = min(slots, limit)
-        if slots != self.slots and self.ranks.leads:
-            self.inbox.has_slots(slots)
-        self.slots = slots
+        self.slots = min(slots, limit)
+        found = self.slots, self._pack.limit
+        if found != self._told and self.ranks.leads:
+            self.inbox.has_slots(*found)
+        self._told = found
 
     def _wanted_slots(self) -> int:
         """Slots that this rank is for."""
@@ -301,18 +314,31 @@ class Host:
             return
         self._littered = False
         gc.collect()
-        if torch.cuda.is_available() and not self._runs:
-            torch.cuda.empty_cache()
+        if not self._runs:
+            self.memory.give_back()
 
-    def _fail(self, trial: str, started: float, error: Exception) -> None:
+    def _fail(self, trial: str, started: float, error: Exception, beside_others: bool = False) -> bool:
         """Send the last row of a trial that raised.
+
+        Args:
+            trial: The trial.
+            started: When it was, in Unix seconds.
+            error: What it raised.
+            beside_others: Whether it was being opened while others held memory.
+
+        Returns:
+            False without a row, if all that it lacked was memory, on all workers, which it may have by itself.
 
         Raises:
             Exception: The trial's own, where the workers cannot go on: it failed on some of them only, or their GPU
                 computes no more. Without a row where it is about a worker that was lost, for which no trial can help.
         """
         self._littered = True
-        alone = not self.ranks.all_failed() or len(set(self.ranks.gather(trial))) > 1
+        mine = trial, beside_others and is_out_of_memory(error)
+        told = set(self.ranks.gather(mine)) if self.ranks.all_failed() else set()
+        if told == {(trial, True)}:
+            return False
+        alone = {failed for failed, _ in told} != {trial}
         if alone and is_about_company(error):
             raise error
         alone = alone or isinstance(error, torch.AcceleratorError)
@@ -322,6 +348,7 @@ class Host:
             self.inbox.send(trial, end_row(status, started, cause=cause) | ({"alone": True} if alone else {}))
         if alone:
             raise error
+        return True
 
     def _task(self, trial: TrialSpec) -> EncodedTask:
         calibration = trial.dial.calibration_examples if trial.dial.taus else 0

@@ -52,12 +52,19 @@ class DeviceMemory:
     def __init__(self, device: torch.device, share: float = 1.0) -> None:
         self.device, self.on_gpu, self.share = device, device.type == "cuda", share
 
+    def give_back(self) -> None:
+        """Give back what is kept and not used: by torch's allocator, or on a CPU by glibc."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(ctypes.c_size_t(0))
+
     def begin_peak(self) -> None:
         """Count the peak from now on."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        _give_back()
+        self.give_back()
         try:
             (_PROCESS / "clear_refs").write_text("5")
         except OSError:  # not on Linux, or not allowed: the peak is that of the process from its start
@@ -68,7 +75,7 @@ class DeviceMemory:
         """What this worker takes now."""
         if self.on_gpu:
             return torch.cuda.memory_allocated(self.device)
-        _give_back()
+        self.give_back()
         return read_kib(_PROCESS / "status", "VmRSS")
 
     @property
@@ -82,15 +89,8 @@ class DeviceMemory:
         if self.on_gpu:
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + unused
-        _give_back()
+        self.give_back()
         return int(self.share * free_memory())
-
-
-def _give_back() -> None:
-    """Give memory back to Linux that glibc keeps, as of :data:`~deft_ray.spec.machine.KEEP_FREED`; else nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
 
 
 class FirstStep:

@@ -61,6 +61,10 @@ def test_a_trial_that_ends_before_its_baseline_is_compared_once_that_has_ended(t
     assert point.values == pytest.approx([-0.05, 0.5])
     front = (run_dir.path / "front.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in front[1:]] == ["t0001", "t0000"]
+    assert books.summary() == [
+        "nano-sentiment: 2 on the front, the baseline with them; lowest density 0.500 (t0001, accuracy 0.850), "
+        "baseline 1.000 (0.900)"
+    ]
     client = MlflowClient(books.tracking_uri)
     (experiment,) = [each for each in client.search_experiments() if each.name == spec.tracking.experiment]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}

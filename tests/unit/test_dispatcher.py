@@ -26,10 +26,22 @@ def test_what_hosts_take_at_once_is_the_last_that_they_said() -> None:
         dispatcher = Dispatcher()
         assert await dispatcher.slots() == {}
         for host, slots in (("host-0", 2), ("host-1", 4), ("host-0", 7)):
-            await dispatcher.has_slots(host, slots)
+            await dispatcher.has_slots(host, slots, None)
         return await dispatcher.slots()
 
     assert asyncio.run(tell()) == {"host-0": 7, "host-1": 4}
+
+
+def test_what_a_hosts_memory_held_is_known_in_its_next_life() -> None:
+    async def tell() -> list[int | None]:
+        dispatcher = Dispatcher()
+        known = [await dispatcher.limit("host-0")]
+        await dispatcher.has_slots("host-0", 3, 3)
+        await dispatcher.release("host-0", "its workers were started anew")
+        await dispatcher.has_slots("host-0", 1, None)  # as one begins that finds out what fits
+        return [*known, await dispatcher.limit("host-0"), await dispatcher.limit("host-1")]
+
+    assert asyncio.run(tell()) == [None, 3, None]
 
 
 def test_a_host_with_a_trial_leaves_the_next_to_one_without() -> None:

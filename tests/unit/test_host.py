@@ -57,6 +57,7 @@ class Inbox:
         self.stepped = Counter[str]()
         self.sent: list[tuple[str, Row]] = []
         self.slots: list[int] = []
+        self.limits: list[int | None] = []
 
     def next_trial(self, wait: bool) -> Taken | str:
         found = self.trials.pop(0)
@@ -79,8 +80,9 @@ class Inbox:
         assert trial in self.followed
         self.sent.append((trial, row))
 
-    def has_slots(self, slots: int) -> None:
+    def has_slots(self, slots: int, limit: int | None) -> None:
         self.slots.append(slots)
+        self.limits.append(limit)
 
     @property
     def rows(self) -> list[Row]:

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
 from deft_ray.models.base import Base, load_base
+from deft_ray.models.bottleneck import BottleneckLayer
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.tasks.encoding import Example
 from deft_ray.train.cost import EVALUATED, PassCost, Size, tokens_of
@@ -609,6 +611,66 @@ def test_out_of_memory_makes_passes_smaller_and_loses_nothing(
     assert max(passes[2:]) == 2
     warnings = [end_of(packed, trial)["warning"] for trial in mixed]
     assert all("memory held no pass of 3 slots: 2 at once from then on" in str(text) for text in warnings)
+
+
+def test_a_host_knows_what_its_last_life_found_of_memory(
+    base: Base, ranks: Ranks, mixed: list[TrialSpec], tmp_path: Path, alone: Alone, passes: list[int]
+) -> None:
+    want = alone(*mixed)
+    passes.clear()
+    inbox = Inbox(*mixed)
+    Host(base, ranks, inbox, str(tmp_path), "h0", 4, limit=2).serve()
+    assert max(passes) == 2
+    assert inbox.slots == [], "the sweep knows it"
+    for trial in mixed:
+        check_equal(inbox, want, trial)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+@pytest.mark.parametrize("held", [True, False], ids=["beside others", "by itself"])
+def test_a_trial_whose_adapter_memory_does_not_hold_beside_others_waits_for_the_base(
+    mixed: list[TrialSpec],
+    serve: Serve,
+    alone: Alone,
+    passes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    held: bool,
+) -> None:
+    """The third adapter asks for memory that is not there when three of its layers are done: the others train on."""
+    adapter = {} if kind == "lora" else {"kind": "bottleneck", "target_modules": "all-linear"}
+    trials = [trial.model_copy(update={"adapter": trial.adapter.model_copy(update=adapter)}) for trial in mixed[:5]]
+    third = trials[2]
+    want = alone(*trials)
+    passes.clear()
+    where, method = {
+        "lora": (BaseTunerLayer, "_move_adapter_to_device_of_base_layer"),
+        "bottleneck": (BottleneckLayer, "add"),
+    }[kind]
+    done, layers = getattr(where, method), list[str]()
+
+    def full(layer: BaseTunerLayer, name: str, *given: Any, **options: Any) -> Any:
+        if inbox.followed[-1] == third.trial and (name == "slot-2" or not held):
+            layers.append(name)
+            if len(layers) == 4 or "slot-2" not in layers[-1:]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return done(layer, name, *given, **options)
+
+    monkeypatch.setattr(where, method, full)
+    inbox = Inbox(*trials)
+    serve(inbox, 3, "packed")
+
+    assert layers[:4] == ["slot-2"] * 4
+    sound = [trial for trial in trials if held or trial is not third]
+    for trial in sound:
+        check_equal(inbox, want, trial)
+    assert inbox.followed[2:4] == [third.trial] * 2, "no other was taken before it"
+    assert end_of(inbox, third)["status"] == ("complete" if held else "failed")
+    if held:
+        assert end_of(inbox, third)["packing"]["shared"] == 0
+    else:
+        assert "OutOfMemoryError" in end_of(inbox, third)["cause"]
+    assert max(passes) == 2
 
 
 def test_a_trial_that_memory_does_not_hold_alone_fails(

@@ -60,7 +60,7 @@ thread.join()
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_what_a_pass_frees_stays_for_the_next_and_is_not_counted(keeps: bool) -> None:
-    """Passes of 256 MiB in blocks of 4: 65,536 pages, as Linux counts them when they are first written to."""
+    """Passes of 256 MiB in blocks of 4; Linux counts pages when they are first written to."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     told = subprocess.run(
         [sys.executable, "-c", PASSES],
@@ -70,7 +70,7 @@ def test_what_a_pass_frees_stays_for_the_next_and_is_not_counted(keeps: bool) ->
         check=True,
     )
     first, second, _, kept, used = map(int, told.stdout.split())
-    assert first > 60_000
+    assert first > 100
     assert (second < 0.5 * first) == keeps, "pages are not handed out again"
     assert kept > 250 * MIB or not keeps
     assert used < 16 * MIB, "what is kept and not used is no memory that the process takes"
