@@ -5,10 +5,10 @@
 NF4, one task, one worker, all of it in one run on two cores: of the embedded model, whose worker computes on one of
 them and leaves the other to Ray (it takes as long on both), or of one of a shape of Flan-T5 with random weights and
 batches of 4 x 64 tokens, on both. A sweep is the whole command, from the start of Ray to the report; fits are one after
-the other in one Ray, each with its own process, base and evaluation, and without records, fronts, plots or what hosts
-tell the C library of memory. Where fewer fits are run than trials, their makespan is the mean of one times the trials.
-With one slot a sweep is a warm host that runs one trial at a time. Tokens are those that trials train on; memory is the
-most that a process that trains has taken, with all trials that it trained at once.
+the other in one Ray, each with its own process, base and evaluation, and without records, fronts or plots. Where fewer
+fits are run than trials, their makespan is the mean of one times the trials. With one slot a sweep is a warm host that
+runs one trial at a time. Tokens are those that trials train on; memory is the most that a process that trains has
+taken, with all trials that it trained at once.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ runs one trial at a time, and all slots step in one pass. For ``routing``, four 
 step in one pass, and one slot with the whole batch; each round puts them on the base anew. For ``evaluation``, one of
 four slots is evaluated, in batches of 64, while the others train: seconds of each piece over those of the step of the
 others before it, with pieces that keep to a step's length, as a host has them, and with whole batches. Answers are
-written by the embedded model alone, which can read. Ratios are taken within a round. Peak memory of a step after them
-is stored: on a GPU of torch's allocator, on a CPU of the process. The environment is that of a host's workers: the
-program starts itself anew with it.
+written by the embedded model alone, which can read. Ratios are taken within a round. Peak memory of the last step is
+stored: on a GPU of torch's allocator, on a CPU of the process.
 
 The makespan of a whole sweep is in makespan.py, as it takes Ray: one slot, several, and one fit per trial in one run.
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -37,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from deft_ray.models.base import Base, load_base
 from deft_ray.models.families import FAMILIES, find_sites
 from deft_ray.spec.catalog import NANO, find_task
-from deft_ray.spec.machine import KEEP_FREED
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.cost import TRIED, Room
@@ -82,13 +79,11 @@ class Bench:
         seconds, peaks = {way: list[float]() for way in ways}, dict[str, float]()
         for number in range(self.asked.rounds + 1):
             for way, step in ways.items():
+                memory.begin_peak()
                 took = timed(lambda step=step: step(opened), self.ranks.device)
                 if number:
                     seconds[way].append(took)
-        for way, step in ways.items():  # by themselves, as what a process keeps is given back before
-            memory.begin_peak()
-            step(opened)
-            peaks[way] = memory.peak / 2**30
+                peaks[way] = memory.peak / 2**30
         for slot in opened:
             slot.close()
         return {"s": {way: summary(times) for way, times in seconds.items()}, "peak_gib": peaks, "raw": seconds}
@@ -267,6 +262,4 @@ def measure_slots(bench: Bench) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available() and not KEEP_FREED.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED)
     main()

@@ -11,16 +11,6 @@ from pathlib import Path
 _MEMORY = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
 
-#: Environment of a process that computes on a CPU: glibc keeps what a pass frees for the next one. By itself it gives
-#: much of it back to Linux, which hands it out again page by page, each zeroed: 100,000 pages and a second in a pass of
-#: 5.7 that four slots of Flan-T5-base's shape share (``docs/log.md``). Threads with arenas of their own give back
-#: whatever the other two say, so there is one. See mallopt(3); 32 MiB is the most that the second takes.
-KEEP_FREED = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
-
 
 @dataclass(frozen=True)
 class Machine:

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from deft_ray.spec.machine import KEEP_FREED
 from deft_ray.spec.schema import ModelSection, TrialSpec
 
 if TYPE_CHECKING:
@@ -57,11 +55,6 @@ class HostSettings:
     slots: int | None
     memory_share: float
     shared_ray: bool
-
-
-def keep_freed(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return :data:`KEEP_FREED`, but for what the user has set."""
-    return {name: environment.get(name, value) for name, value in KEEP_FREED.items()}
 
 
 class _ReleaseOnFailure(UserCallback):
@@ -123,7 +116,6 @@ class HostThread(threading.Thread):
                 storage_path=settings.storage,
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
                 callbacks=[_ReleaseOnFailure(self._dispatcher, self.host)],  # type: ignore[list-item]  # Ray's own kind
-                worker_runtime_env={"env_vars": {} if settings.gpus else keep_freed(os.environ)},
             ),
         )
         trainer.outlived = settings.shared_ray

@@ -314,8 +314,8 @@ class Host:
             return
         self._littered = False
         gc.collect()
-        if not self._runs:
-            self.memory.give_back()
+        if torch.cuda.is_available() and not self._runs:
+            torch.cuda.empty_cache()
 
     def _fail(self, trial: str, started: float, error: Exception, beside_others: bool = False) -> bool:
         """Send the last row of a trial that raised.

@@ -5,7 +5,6 @@ On a GPU these are the figures of torch's allocator, on a CPU those of the proce
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class Holds:
 
 
 class DeviceMemory:
-    """Memory of a worker's device, in bytes; what the process keeps but does not use counts as free.
+    """Memory of a worker's device, in bytes.
 
     Args:
         device: The GPU, or the CPU.
@@ -52,19 +51,11 @@ class DeviceMemory:
     def __init__(self, device: torch.device, share: float = 1.0) -> None:
         self.device, self.on_gpu, self.share = device, device.type == "cuda", share
 
-    def give_back(self) -> None:
-        """Give back what is kept and not used: by torch's allocator, or on a CPU by glibc."""
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-        elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-            trim(ctypes.c_size_t(0))
-
     def begin_peak(self) -> None:
         """Count the peak from now on."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        self.give_back()
         try:
             (_PROCESS / "clear_refs").write_text("5")
         except OSError:  # not on Linux, or not allowed: the peak is that of the process from its start
@@ -73,10 +64,7 @@ class DeviceMemory:
     @property
     def used(self) -> int:
         """What this worker takes now."""
-        if self.on_gpu:
-            return torch.cuda.memory_allocated(self.device)
-        self.give_back()
-        return read_kib(_PROCESS / "status", "VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else read_kib(_PROCESS / "status", "VmRSS")
 
     @property
     def peak(self) -> int:
@@ -89,7 +77,6 @@ class DeviceMemory:
         if self.on_gpu:
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + unused
-        self.give_back()
         return int(self.share * free_memory())
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from deft_ray.spec import machine
-from deft_ray.spec.machine import KEEP_FREED, free_gpu_memory, free_memory, this_machine
+from deft_ray.spec.machine import free_gpu_memory, free_memory, this_machine
 from deft_ray.spec.plan import FILLED, MOST_SLOTS, slots_that_fit
 from deft_ray.train.memory import DeviceMemory, FirstStep, Holds
 
@@ -31,49 +28,6 @@ def test_a_process_knows_what_it_takes_and_has_taken() -> None:
     assert memory.peak - before > 230 * MIB, "the peak outlives the block"
     memory.begin_peak()
     assert memory.peak - before < 64 * MIB, "counted anew"
-
-
-PASSES = """
-import resource
-from pathlib import Path
-import threading
-import torch
-from deft_ray.spec.machine import read_kib
-from deft_ray.train.memory import DeviceMemory
-
-def run():
-    memory = DeviceMemory(torch.device("cpu"))
-    before = memory.used
-    for number in range(3):
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        blocks = [torch.ones(2**20) for _ in range(64)]
-        del blocks
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
-    kept = read_kib(Path("/proc/self/status"), "VmRSS")
-    print(kept - before, memory.used - before)
-
-thread = threading.Thread(target=run)  # as Ray Train has it
-thread.start()
-thread.join()
-"""
-
-
-@pytest.mark.parametrize("keeps", [True, False])
-def test_what_a_pass_frees_stays_for_the_next_and_is_not_counted(keeps: bool) -> None:
-    """Passes of 256 MiB in blocks of 4; Linux counts pages when they are first written to."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    told = subprocess.run(
-        [sys.executable, "-c", PASSES],
-        env=environment | (KEEP_FREED if keeps else {}),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second, _, kept, used = map(int, told.stdout.split())
-    assert first > 100
-    assert (second < 0.5 * first) == keeps, "pages are not handed out again"
-    assert kept > 250 * MIB or not keeps
-    assert used < 16 * MIB, "what is kept and not used is no memory that the process takes"
 
 
 def test_a_worker_takes_its_part_of_what_is_free() -> None:
