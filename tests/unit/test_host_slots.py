@@ -611,6 +611,7 @@ def test_out_of_memory_makes_passes_smaller_and_loses_nothing(
         check_equal(packed, want, trial)
     assert passes[:4] == [4, 3, 2, 2]
     assert max(passes[2:]) == 2
+    assert (packed.slots, packed.limits) == ([2], [2]), "the sweep is told"
     warnings = [end_of(packed, trial)["warning"] for trial in mixed]
     assert all("memory held no pass of 3 slots: 2 at once from then on" in str(text) for text in warnings)
 
