@@ -109,14 +109,16 @@ class MlpActivation(nn.Module):
         stock: The module it stands in for.
         fused: See :func:`formula_of`.
         observe: Told of each activation.
+        gated: Whether a product behind it keeps the activation for its own backward pass.
 
     Attributes:
         tau: Activations of at most this magnitude become zero; 0 in training. In the activation's dtype.
     """
 
-    def __init__(self, stock: nn.Module, *, fused: bool, observe: Observe) -> None:
+    def __init__(self, stock: nn.Module, *, fused: bool, observe: Observe, gated: bool = False) -> None:
         super().__init__()
         self.stock, self.observe, self.tau = stock, observe, 0.0
+        self._output_is_kept = gated or isinstance(stock, nn.ReLU)
         self.formula = formula_of(stock, fused=fused)
         self.name = "GELUTanh" if fused and self.formula is TANH_GELU else type(stock).__name__
 
@@ -128,7 +130,8 @@ class MlpActivation(nn.Module):
             injections = self.observe(kept_BTF)
             if not injections or not kept_BTF.requires_grad:
                 return kept_BTF
-            after: Tensor = _InjectAfter.apply(kept_BTF, injections)
+            source = (kept_BTF, None) if self._output_is_kept else (pre_BTF, self.stock)
+            after: Tensor = _InjectAfter.apply(kept_BTF, *source, injections)
             return after
         if _needs_gradient(pre_BTF):
             assert self.tau == 0.0, "a threshold is for evaluation"
@@ -230,18 +233,22 @@ def _injected(grad: Tensor, act: Tensor, injection: Injection) -> Tensor:
 
 
 class _InjectAfter(torch.autograd.Function):
-    """Identity behind an activation whose output is kept anyway (by ReLU, or by a gate's product)."""
+    """Identity behind an activation; keeps what is kept anyway.
+
+    That is the activation (ReLU keeps it, or a gate's product) or its input, of which it is computed again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, act: Tensor, injections: Injections) -> Tensor:
-        ctx.save_for_backward(act)
-        ctx.injections = injections
+    def forward(ctx: Any, act: Tensor, source: Tensor, stock: nn.Module | None, injections: Injections) -> Tensor:
+        ctx.save_for_backward(source)
+        ctx.stock, ctx.injections = stock, injections
         return act.view_as(act)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (act,) = ctx.saved_tensors
-        return _backward(grads[0], act, None, None, ctx.injections)[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (source,) = ctx.saved_tensors
+        act = source if ctx.stock is None else ctx.stock(source)
+        return _backward(grads[0], act, None, None, ctx.injections)[0], None, None, None
 
 
 class _Activate(torch.autograd.Function):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-#: float32 elements: half a megabyte.
-_ELEMENTS = 2**17
+#: float32 elements: a megabyte. Half of it costs a tenth to a third more, in calls; four of it seven times as much.
+_ELEMENTS = 2**18
 
 
 def chunks(act_NF: Tensor) -> Iterator[slice]:

@@ -96,9 +96,9 @@ class DensityProbe:
 
     def _install(self, index: int, site: Site, fused: bool) -> None:
         stock = site.module
-        activation = MlpActivation(stock, fused=fused, observe=partial(self._observe, index, site)).train(
-            site.block.training
-        )
+        observe = partial(self._observe, index, site)
+        activation = MlpActivation(stock, fused=fused, observe=observe, gated=site.gate is not None)
+        activation.train(site.block.training)
         site.put(activation)
         self._activations.append(activation)
         self.activation = activation.name
@@ -207,7 +207,11 @@ def _smooth_density(approximation: Approximation, act: Tensor, mean_N: Tensor, m
     """Mean of s over the activations that count, or over the feature map where there is one."""
     if map_F is not None:
         return approximation.value(map_F).mean()
-    return (approximation.value(act).sum(dim=-1).reshape(-1) * mean_N).sum()
+    act_NF = act.reshape(-1, act.shape[-1])
+    mean = torch.zeros((), dtype=torch.float32, device=act.device)
+    for part in chunks(act_NF):
+        mean += approximation.value(act_NF[part]).sum(dim=-1) @ mean_N[part]
+    return mean
 
 
 def _mean_of_side(terms: Mapping[str, Tensor], side: str) -> float | None:

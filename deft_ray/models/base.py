@@ -88,9 +88,13 @@ def load_base(
 
     Raises:
         OSError: From transformers, if the model is not to be had.
-        ValueError: If the model is of no known family or not of this one, weights are missing, there is nothing to
-            quantise, a quantised layer computes wrongly, or images come out in a size that the model does not take.
+        ValueError: If the dtype is another one, the model is of no known family or not of this one, weights are
+            missing, there is nothing to quantise, a quantised layer computes wrongly, or images come out in a size that
+            the model does not take.
     """
+    if dtype not in ("float32", "bfloat16"):
+        cause = "float16 overflows in T5 and in the density loss"
+        raise ValueError(f"dtype: {dtype!r}: float32 or bfloat16; {cause}")
     known = FAMILIES[family]
     source = str(MODEL_DIR) if name == NANO else name
     device = device or torch.device("cpu")

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deft_ray.spec.resolve import rung_places
-from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.evaluation import Evaluation
 from deft_ray.train.slot import Packed, Slot, StepResult
 from deft_ray.train.storage import TrialStorage
 
 if TYPE_CHECKING:
-    from deft_ray.train.host import Host
+    from deft_ray.train.host import Host, Taken
 
 #: Rows with training losses per trial, about.
 TRAIN_ROWS = 20
@@ -73,17 +72,15 @@ Course = Generator[bool, Stepped | None, None]
 class Run:
     """One trial on its way from the first step to the last row."""
 
-    def __init__(
-        self, host: Host, trial: TrialSpec, slot: Slot, storage: TrialStorage, started: float, *, apart: bool
-    ) -> None:
-        self.host, self.trial, self.slot, self.storage, self.started = host, trial, slot, storage, started
-        self.ranks, self.inbox, self.apart = host.ranks, host.inbox, apart
+    def __init__(self, host: Host, taken: Taken, slot: Slot, storage: TrialStorage, started: float) -> None:
+        self.host, self.taken, self.slot, self.storage, self.started = host, taken, slot, storage, started
+        self.trial, self.ranks, self.inbox = taken.trial, host.ranks, host.inbox
         self.clock = _Clock()
         self.trains = False
         """Whether it waits for a step."""
         self.evaluated: dict[str, Any] = {}
         self.predictions: dict[str, list[float]] = {}
-        self.rungs = rung_steps(self.slot.steps, trial.rungs)
+        self.rungs = rung_steps(self.slot.steps, self.trial.rungs)
         self.judged: list[dict[str, Any]] = []
         """The rows of the rungs so far."""
         self._saved = time.monotonic()
@@ -252,7 +249,7 @@ class Run:
 
     def _warning(self) -> str | None:
         limit = self.host.limit
-        full = f"memory held no pass of {limit + 1} slots: {limit} at once from then on" if limit is not None else None
+        full = f"memory did not hold {limit + 1} slots: {limit} at once from then on" if limit is not None else None
         lost = len(self.trial.rungs) - len(self.rungs)
         rungs = f"{lost} of {len(self.trial.rungs)} rungs fall on another one or on the last step" if lost else None
         return "; ".join(text for text in (self.slot.warning, full, rungs) if text) or None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import time
 import traceback
 from contextlib import ExitStack
@@ -38,6 +39,8 @@ from deft_ray.train.ranks import Ranks, is_about_company
 from deft_ray.train.slot import Slot, StepResult, step_together
 from deft_ray.train.storage import TrialStorage
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -46,7 +49,7 @@ class Taken:
     Args:
         trial: The trial.
         attempt: How often it was started, this time included.
-        apart: Whether it must have the base to itself, as it may have cost the host its workers.
+        apart: Whether it must have the base to itself, as it may have cost the host its workers, or lacked memory.
     """
 
     trial: TrialSpec
@@ -128,8 +131,8 @@ class Host:
         self._holds: Holds | None = None
         self._pack: Pack | None = None
         self._runs: list[Run] = []
-        self._held: Taken | None = None
-        """Waits until the base is free, as it cannot share it; no other is taken before it."""
+        self._held: list[Taken] = []
+        """Wait until the base is free, as they cannot share it or lacked memory beside others; none goes before them."""
         self._closed = self._littered = False
         self._tasks: dict[str, EncodedTask] = {}
         self._kept = KeptTasks(tokens)
@@ -175,9 +178,10 @@ class Host:
 
     def _take_in(self) -> None:
         """Give every free slot a trial, as long as there are any."""
-        if self._held is not None and not self._runs:
-            held, self._held = self._held, None
-            self._start(held)
+        if not self._runs:
+            held, self._held = self._held, []
+            for waits in held:
+                self._start(waits)
         if not self._has_room() and self.ranks.leads:
             self.inbox.no_room()
         while self._has_room():
@@ -189,23 +193,25 @@ class Host:
             self._start(taken)
 
     def _has_room(self) -> bool:
-        free = len(self._runs) < self.slots and not any(run.apart for run in self._runs)
-        return free and self._held is None and not self._closed
+        return self._is_free and not self._held and not self._closed
+
+    @property
+    def _is_free(self) -> bool:
+        return len(self._runs) < self.slots and not any(run.taken.apart for run in self._runs)
 
     def _start(self, taken: Taken) -> None:
         """Put a trial into a slot, or keep it until the base is free."""
-        if taken.apart and self._runs:
-            self._held = taken
+        if not self._is_free or (taken.apart and self._runs):
+            self._held.append(taken)
             return
         started = time.time()
         self.inbox.follow(taken)
         try:
             run = self._open(taken, started)
         except CannotShareError:
-            self._held = taken
+            self._held.append(taken)
         except Exception as error:  # a border: whatever it was, it is a row, or there is memory later
-            if not self._fail(taken.trial.trial, started, error, beside_others=bool(self._runs)):
-                self._held = replace(taken, apart=True)
+            self._fail(taken, started, error)
         else:
             self._runs.append(run)
             self._go_on(run)
@@ -223,7 +229,7 @@ class Host:
             fresh = self.ranks.share(self.ranks.leads and storage.latest() is None)
             start = fetched.enter_context(storage.adapter_of(trial.start_from)) if trial.start_from and fresh else None
             slot = Slot(trial, self.base, self._task(trial), self.ranks, start, self._pack)
-        return Run(self, trial, slot, storage, started, apart=taken.apart)
+        return Run(self, taken, slot, storage, started)
 
     def _turn(self) -> None:
         """Pass a micro-batch of all slots that train, together, then a batch of each that is evaluated."""
@@ -304,7 +310,7 @@ class Host:
         self._runs.remove(run)
         try:
             if error is not None:
-                self._fail(run.trial.trial, run.started, error)
+                self._fail(run.taken, run.started, error)
         finally:
             run.slot.close()
 
@@ -317,27 +323,34 @@ class Host:
         if torch.cuda.is_available() and not self._runs:
             torch.cuda.empty_cache()
 
-    def _fail(self, trial: str, started: float, error: Exception, beside_others: bool = False) -> bool:
-        """Send the last row of a trial that raised.
+    def _fail(self, taken: Taken, started: float, error: Exception) -> None:
+        """Send the last row of a trial that raised, which is off the base or will be.
+
+        Without a row, it is held until it has the base to itself, if it failed on all workers and what one of them
+        lacked was memory, while other trials were there to have it: from then on there are no more at once than those.
+        It goes on from its last checkpoint.
 
         Args:
-            trial: The trial.
+            taken: The trial.
             started: When it was, in Unix seconds.
             error: What it raised.
-            beside_others: Whether it was being opened while others held memory.
-
-        Returns:
-            False without a row, if all that it lacked was memory, on all workers, which it may have by itself.
 
         Raises:
             Exception: The trial's own, where the workers cannot go on: it failed on some of them only, or their GPU
                 computes no more. Without a row where it is about a worker that was lost, for which no trial can help.
         """
         self._littered = True
-        mine = trial, beside_others and is_out_of_memory(error)
+        trial, others = taken.trial.trial, len(self._runs)
+        mine = trial, bool(others) and is_out_of_memory(error)
         told = set(self.ranks.gather(mine)) if self.ranks.all_failed() else set()
-        if told == {(trial, True)}:
-            return False
+        if {failed for failed, _ in told} == {trial} and any(short for _, short in told) and self._pack is not None:
+            _log.warning(
+                "memory does not hold %s beside %d other trials: %d at most from now on", trial, others, others
+            )
+            self._pack.limit = min(self._pack.limit or others, others)
+            self._agree_on_slots()
+            self._held.append(replace(taken, apart=True))
+            return
         alone = {failed for failed, _ in told} != {trial}
         if alone and is_about_company(error):
             raise error
@@ -348,7 +361,6 @@ class Host:
             self.inbox.send(trial, end_row(status, started, cause=cause) | ({"alone": True} if alone else {}))
         if alone:
             raise error
-        return True
 
     def _task(self, trial: TrialSpec) -> EncodedTask:
         calibration = trial.dial.calibration_examples if trial.dial.taus else 0

@@ -152,17 +152,23 @@ def test_a_host_finds_out_how_many_trials_it_takes(
         assert line in report
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_host_that_is_killed_with_several_trials_aboard_costs_none(
-    spec: Path, undisturbed: dict[str, dict[str, Any]], tmp_path: Path
+    spec: Path, undisturbed: dict[str, dict[str, Any]], tmp_path: Path, workers: int
 ) -> None:
-    """They go on from their checkpoints; the tokens that the killed worker has kept on disk are gone in the end."""
+    """They go on from their checkpoints; the tokens that the killed worker has kept on disk are gone in the end.
+
+    Of two workers one is killed; both leave what one leaves that trains one trial at a time.
+    """
     run = tmp_path / "run"
-    process = start(spec, run, "--set", SLOTS)
+    process = start(spec, run, "--set", SLOTS, "--set", f"resources.workers_per_host={workers}")
     try:
         wait_until(lambda: sum(left["packed"]["shared"] > 0 for left in saved(run).values()) >= 3, process)
         seen, before, tokens = {record["trial"] for record in records(run)}, saved(run), kept_tokens(run)
         killed_at = time.time()
-        os.kill(worker_of(process.pid), signal.SIGKILL)
+        training = workers_of(process.pid)
+        assert len(training) == workers
+        os.kill(training[-1], signal.SIGKILL)
         text, _ = process.communicate(timeout=900)
     finally:
         if process.poll() is None:
@@ -268,8 +274,7 @@ def test_half_of_the_trials_stopped_by_chance_leave_the_others_the_same(
     assert at_once(found) == 3
 
 
-def worker_of(driver: int) -> int:
-    """The process that trains."""
+def workers_of(driver: int) -> list[int]:
+    """The processes that train."""
     children = psutil.Process(driver).children(recursive=True)
-    (worker,) = [child.pid for child in children if any("RayTrainWorker" in word for word in child.cmdline())]
-    return worker
+    return [child.pid for child in children if any("RayTrainWorker" in word for word in child.cmdline())]

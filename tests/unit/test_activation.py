@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -31,7 +32,7 @@ def injecting_shared(_act: Tensor) -> Injections:
 
 
 def kept_bytes(forward: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of a forward pass, each storage once, that are as long as an activation."""
+    """Bytes as long as an activation that autograd or anybody in Python keeps of a forward pass, each storage once."""
     torch.manual_seed(0)
     pre, linear = (torch.randn(ROWS, D_FF, dtype=dtype, requires_grad=True) for _ in range(2))
     kept: dict[int, Tensor] = {}
@@ -42,6 +43,11 @@ def kept_bytes(forward: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) 
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         out = forward(pre * 1, linear * 1)
+    gc.collect()
+    seen = [each for each in gc.get_objects() if isinstance(each, Tensor) and each.numel() == ELEMENT]
+    for tensor in seen:  # what a function holds in its context is nothing that autograd tells of
+        if not any(tensor is mine for mine in (pre, linear, out)):
+            note(tensor)
     found = sum(tensor.nbytes for tensor in kept.values() if tensor.numel() == ELEMENT)
     out.sum().backward()
     return found
@@ -55,18 +61,40 @@ def gated(activation: MlpActivation) -> Callable[[Tensor, Tensor], Tensor]:
 def test_the_loss_keeps_nothing_and_the_fused_gate_a_third_of_stock(dtype: torch.dtype, size: int) -> None:
     stock = NewGELUActivation()
     plain = kept_bytes(lambda pre, linear: stock(pre) * linear, dtype)
-    without, with_loss = (MlpActivation(stock, fused=False, observe=observe) for observe in (silent, injecting))
+    without, with_loss, behind = (
+        MlpActivation(stock, fused=False, observe=observe, gated=gated_behind)
+        for observe, gated_behind in ((silent, True), (injecting, True), (injecting, False))
+    )
     fused, fused_loss = (MlpActivation(stock, fused=True, observe=observe) for observe in (silent, injecting))
-    with_map, fused_map = (MlpActivation(stock, fused=fuse, observe=injecting_shared) for fuse in (False, True))
+    with_map, fused_map = (
+        MlpActivation(stock, fused=fuse, observe=injecting_shared, gated=True) for fuse in (False, True)
+    )
 
     assert plain == 6 * size * ELEMENT, "the composed GELU keeps five tensors of its own, the product one more"
     assert kept_bytes(gated(without), dtype) == kept_bytes(gated(with_loss), dtype) == plain
+    assert kept_bytes(gated(behind), dtype) == plain, "nor where it is computed again of its input"
     assert kept_bytes(fused.gate, dtype) == kept_bytes(fused_loss.gate, dtype) == 2 * size * ELEMENT
     assert kept_bytes(gated(with_map), dtype) == plain, "nor has a loss of the feature map, but for a row of slopes"
     assert kept_bytes(fused_map.gate, dtype) == 2 * size * ELEMENT
 
 
-@pytest.mark.parametrize("stock", [nn.GELU(), nn.SiLU(), nn.ReLU(), ACT2FN["gelu"]], ids=lambda m: type(m).__name__)
+def test_what_nobody_told_autograd_of_is_found_too() -> None:
+    hoard: list[Tensor] = []
+
+    def hoarding(act: Tensor) -> Injections:
+        hoard.append(act)
+        return ()
+
+    plain, keeping = (MlpActivation(nn.GELU(), fused=False, observe=observe) for observe in (silent, hoarding))
+    bytes_of = [kept_bytes(lambda pre, linear, of=of: of(pre) + linear, torch.float32) for of in (plain, keeping)]
+    assert bytes_of == [4 * ELEMENT, 8 * ELEMENT]
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [nn.GELU(), nn.SiLU(), nn.ReLU(), ACT2FN["gelu"], ACT2FN["gelu_new"], ACT2FN["quick_gelu"]],
+    ids=lambda m: type(m).__name__,
+)
 @pytest.mark.parametrize("consumer_keeps", [False, True])
 def test_an_ungated_block_keeps_no_more_with_the_loss(stock: nn.Module, consumer_keeps: bool) -> None:
     def block(activation: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
     GPT2LMHeadModel,
@@ -181,15 +183,22 @@ def test_images_come_out_in_the_size_that_the_model_takes(tiny_models: dict[str,
         load_base(str(folder), "vit")
 
 
-def test_nf4_with_nothing_to_quantise_is_refused(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.integrations.replace_with_bnb_linear", lambda model, **_options: model)
+def test_nf4_with_nothing_to_quantise_is_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """A RoBERTa without a layer has its head alone, which stays as it is; as any model it is refused for that first."""
+    config = AutoConfig.from_pretrained(tiny_models["roberta"], num_hidden_layers=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "hollow")
 
     message = (
-        rf"^{tiny_models['bert']}: model.quantization: NF4 on a model without linear layers to quantise "
-        r"\(BertForSequenceClassification\); use 'none'$"
+        rf"^{tmp_path}/hollow: model.quantization: NF4 on a model without linear layers to quantise "
+        r"\(RobertaForSequenceClassification\); use 'none'$"
     )
     with pytest.raises(ValueError, match=message):
-        load_base(str(tiny_models["bert"]), "bert", quantization="nf4")
+        load_base(str(tmp_path / "hollow"), "roberta", quantization="nf4")
+
+
+def test_float16_is_refused_by_the_loader_too(tiny_models: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"^dtype: 'float16': float32 or bfloat16; float16 overflows"):
+        load_base(str(tiny_models["t5"]), "t5", dtype="float16")
 
 
 def test_what_a_checkpoint_lacks_is_made_up_alike_on_every_host(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from deft_ray.models.base import Base, load_base
+from deft_ray.results.records import RecordLog
 from deft_ray.spec.schema import TrialSpec
+from deft_ray.sweep.books import to_record
 from deft_ray.train.batches import BatchOrder
 from deft_ray.train.course import evaluation_steps
 from deft_ray.train.host import Host, Taken, fingerprint, load_task
@@ -169,9 +171,13 @@ def test_the_end_says_what_is_doubtful(trial: Trial, serve: Any) -> None:
     assert off["warning"] is None
 
 
-def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: Trial, serve: Any) -> None:
-    """LoRA of rank r on a matrix of m x n has r (m + n) parameters."""
-    end = serve(Inbox(trial(train__steps=2, deft__alpha=1.0, deft__adaptive=True, deft__approximation="auto")))[-1]
+def test_the_end_says_what_was_used_and_how_much_was_trained(
+    base: Base, trial: Trial, serve: Any, tmp_path: Path
+) -> None:
+    """LoRA of rank r on a matrix of m x n has r (m + n) parameters. The record that is kept says the same."""
+    spec = trial(train__steps=2, deft__alpha=1.0, deft__adaptive=True, deft__approximation="auto")
+    rows = serve(Inbox(spec))
+    end = rows[-1]
     assert (end["approximation"], end["beta"]) == ("l0", None)
     assert end["lambda_layers"].keys() == end["density_layers"].keys() == {site.name for site in base.sites}
     assert all(0.0 <= value <= 1.0 for value in end["lambda_layers"].values())
@@ -182,6 +188,11 @@ def test_the_end_says_what_was_used_and_how_much_was_trained(base: Base, trial: 
     trained = sum(4 * sum(m.weight.shape) for m in matrices)  # the adapter's, layer scales aside
     whole = trained + sum(p.numel() for p in base.model.parameters())
     assert end["trainable_share"] == pytest.approx(trained / whole, rel=1e-9)
+    log = RecordLog(tmp_path / "records.jsonl")
+    log.append(to_record(spec, rows))
+    (kept,) = log.read()
+    for name in ("approximation", "beta", "lambda_layers", "density_layers", "trainable_share", "activation"):
+        assert getattr(kept, name) == end[name], name
 
 
 def test_the_end_says_which_beta_tanh_had_where_none_was_asked_for(
@@ -191,8 +202,8 @@ def test_the_end_says_which_beta_tanh_had_where_none_was_asked_for(
     spec = tiny_trial(tiny_models["relu-t5"], "t5", tiny_data, "mrpc", train__steps=2, deft__loss_of="feature_map")
     inbox = Inbox(spec)
     Host(base, ranks, inbox, str(tmp_path / "checkpoints"), "h0").serve()
-    end = inbox.rows[-1]
-    assert (end["approximation"], end["beta"]) == ("tanh", 20.0)
+    record = to_record(spec, inbox.rows)
+    assert (record.approximation, record.beta) == ("tanh", 20.0)
 
 
 def test_long_trials_report_about_twenty_losses(trial: Trial, serve: Any) -> None:

@@ -55,6 +55,17 @@ def test_each_is_checked_and_planned(stem: str) -> None:
     assert spec.deft.count_padding
     assert spec.deft.adaptive == stem.startswith("ada_")
     assert not spec.deft.adaptive or (spec.deft.lambda_init, spec.deft.lambda_noise) == (0.8, 0.05)
+    train, data = spec.train, spec.data
+    squad, images = tasks == {"squad"}, tasks == {"cifar10"}
+    how = (0.0, 0.0, 1.0) if squad else (0.06, 0.01, 0.0)
+    assert (train.schedule, train.warmup_share, train.weight_decay, train.max_grad_norm) == ("linear", *how)
+    assert images or (data.padding, data.grouping, data.max_source_tokens) == (
+        "max_length",
+        "none",
+        384 if squad else 128,
+    )
+    assert not squad or data.max_target_tokens == 30
+    assert spec.adapter.kind != "bottleneck" or spec.adapter.reads == "sum"
     qlora = stem.endswith("qlora")
     assert (spec.model.quantization, spec.train.optimizer) == (("nf4", "paged_adamw") if qlora else ("none", "adamw"))
     assert not qlora or (spec.model.double_quant, spec.model.dtype) == (True, "bfloat16")

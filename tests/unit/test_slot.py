@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor
 
 from deft_ray.models.base import load_base
@@ -141,32 +141,65 @@ def test_on_any_base_a_trial_without_density_loss_is_plain_peft(
     assert same(weights(slot.model), want)
 
 
-@pytest.mark.parametrize("head", ["own", "two-layer"])
-@pytest.mark.parametrize("model", ["dry-bert", "dry-roberta", "dry-opt", "dry-gpt2"])
+#: Behind which layer each MLP's bottleneck is.
+MLP_OUTPUTS = {
+    "bert": r".*layer\.\d+\.output\.dense",
+    "roberta": r".*layer\.\d+\.output\.dense",
+    "opt": r".*\.fc2",
+    "gpt2": r".*\.mlp\.c_proj",
+    "vit": r".*\.mlp\.fc2",
+}
+
+
+def plain_adapter(kind: str, model: str) -> PeftConfig | None:
+    """What PEFT itself is told of an adapter of a model with a head; None for LoRA, which the trial describes."""
+    if kind == "bottleneck":
+        head = ["classifier"] if model == "vit" else None
+        return BottleneckConfig(target_modules=MLP_OUTPUTS[model], task_type="SEQ_CLS", modules_to_save=head)
+    if kind == "prefix":
+        return PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
+    if kind == "prompt":
+        return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5, num_transformer_submodules=1)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "head"),
+    [
+        *((model, "lora", head) for model in ("bert", "roberta", "opt", "gpt2") for head in ("own", "two-layer")),
+        *((model, "bottleneck", "own") for model in ("bert", "roberta", "opt", "gpt2")),
+        *((model, kind, "own") for model in ("bert", "roberta") for kind in ("prefix", "prompt")),
+    ],
+)
 def test_a_head_without_density_loss_is_plain_peft_too(
-    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], model: str, head: str
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], model: str, kind: str, head: str
 ) -> None:
     """Bit for bit, from the same head and adapter; without dropout, as the head has been drawn from the same dice."""
-    leaves = {"adapter__lora_dropout": 0.0, "train__warmup_share": 0.0, "train__max_grad_norm": 0.05}
-    spec = trial(model, "sst2", train__steps=7, adapter__head=head, **leaves)
+    leaves: dict[str, Any] = {"train__warmup_share": 0.0, "train__max_grad_norm": 0.05}
+    leaves |= {"lora": {"adapter__lora_dropout": 0.0}, "bottleneck": {}}.get(kind, {"adapter__virtual_tokens": 5})
+    spec = trial(f"dry-{model}", "sst2", train__steps=7, adapter__kind=kind, adapter__head=head, **leaves)
     slot = open_slot(spec)
     start, losses = weights(slot.model), run(slot)
     rows = glue_rows("sst2", "train", 30)
     sources, answers = [row["sentence"] for row in rows], [row["label"] for row in rows]
-    want_losses, want = train_plain(tiny_models[model], sources, answers, spec, head=start)
+    plain = plain_adapter(kind, model)
+    want_losses, want = train_plain(tiny_models[f"dry-{model}"], sources, answers, spec, plain, head=start)
     assert losses == want_losses
     assert same(weights(slot.model), want)
 
 
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
 def test_images_without_density_loss_are_plain_peft_too(
-    trial: Trial, open_slot: Any, tiny_models: dict[str, Path]
+    trial: Trial, open_slot: Any, tiny_models: dict[str, Path], kind: str
 ) -> None:
-    leaves = {"adapter__lora_dropout": 0.0, "train__warmup_share": 0.0, "train__max_grad_norm": 0.0}
-    spec = trial("dry-vit", "cifar10", train__steps=7, **leaves)
+    leaves = {"train__warmup_share": 0.0, "train__max_grad_norm": 0.0}
+    leaves |= {"adapter__lora_dropout": 0.0} if kind == "lora" else {}
+    spec = trial("dry-vit", "cifar10", train__steps=7, adapter__kind=kind, **leaves)
     slot = open_slot(spec)
     start, losses = weights(slot.model), run(slot)
     images, labels = [make_image("train", index) for index in range(30)], [index % 10 for index in range(30)]
-    want_losses, want = train_plain(tiny_models["dry-vit"], images, labels, spec, head=start)
+    plain = plain_adapter(kind, "vit")
+    want_losses, want = train_plain(tiny_models["dry-vit"], images, labels, spec, plain, head=start)
     assert losses == want_losses
     assert same(weights(slot.model), want)
 
