@@ -132,7 +132,7 @@ class Host:
         self._pack: Pack | None = None
         self._runs: list[Run] = []
         self._held: list[Taken] = []
-        """Wait until the base is free, as they cannot share it or lacked memory beside others; none goes before them."""
+        """Wait until the base is free, as they cannot share it or lacked memory; no other is taken before them."""
         self._closed = self._littered = False
         self._tasks: dict[str, EncodedTask] = {}
         self._kept = KeptTasks(tokens)
