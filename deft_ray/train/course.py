@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,8 @@ class Run:
 
     def _evaluate(self) -> Course:
         last = self.slot.done == self.slot.steps
-        pieces = self.slot.evaluation(self._taus(), last, room=partial(self.host.evaluation_room, self))
+        pieces = self.slot.evaluation(self._taus(), last, room=self.host.evaluation_room)
+        yield False  # the first piece has its place in a turn as any other
         while True:
             began = time.monotonic()
             try:

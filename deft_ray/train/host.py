@@ -134,6 +134,8 @@ class Host:
         self._held: list[Taken] = []
         """Wait until the base is free, as they cannot share it or lacked memory; no other is taken before them."""
         self._closed = self._littered = False
+        self._evaluated = 1
+        """Trials that are evaluated in this turn."""
         self._tasks: dict[str, EncodedTask] = {}
         self._kept = KeptTasks(tokens)
 
@@ -147,17 +149,16 @@ class Host:
         """What the base and a trial take, and what was free beside the base, as measured; empty before that."""
         return {} if self._holds is None else {name: value / 2**30 for name, value in vars(self._holds).items()}
 
-    def evaluation_room(self, run: Run) -> Room | None:
+    def evaluation_room(self) -> Room | None:
         """What a piece of a trial's evaluation may take, so that those that train wait no longer than for each other.
 
-        All trials that are evaluated at the time have it together. None where none waits, or nothing is known. All
+        All trials that are evaluated in a turn have it together. None where none waits, or nothing is known. All
         workers ask at once, and get the first's answer.
         """
-        others = [other.trains for other in self._runs if other is not run]
-        if self._pack is None or not any(others):
+        if self._pack is None or not any(run.trains for run in self._runs):
             return None
         room: Room | None = self.ranks.share(self._pack.cost.room())
-        return room and replace(room, most=room.most / (1 + others.count(False)))
+        return room and replace(room, most=room.most / self._evaluated)
 
     def serve(self) -> None:
         """Take trials until the inbox has no more.
@@ -235,6 +236,7 @@ class Host:
         """Pass a micro-batch of all slots that train, together, then a batch of each that is evaluated."""
         training = [run for run in self._runs if run.trains]
         evaluated = [run for run in self._runs if not run.trains]
+        self._evaluated = len(evaluated)
         if training:
             self._train(training)
         for run in evaluated:

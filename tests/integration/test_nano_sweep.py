@@ -138,7 +138,7 @@ def test_mlflow_has_a_parent_and_nested_runs(output: Path) -> None:
         assert run.data.params["deft.alpha"] == str(record["config"]["deft.alpha"])
 
 
-def test_quickstart_with_two_workers_and_every_zero_stage(tmp_path: Path) -> None:
+def test_quickstart_with_two_workers_and_zero_stages_0_to_2(tmp_path: Path) -> None:
     settings = (
         "train.steps=3",
         "data.train_examples=100",

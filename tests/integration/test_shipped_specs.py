@@ -77,6 +77,9 @@ def test_the_quickstart_shares_passes_and_says_what_that_saved(tmp_path: Path) -
     assert max(record["packing"]["slots"] for record in found) > 1
     assert all(record["packing"]["passes"] == 30 for record in found)
     assert sum(record["packing"]["shared"] for record in found) > 0
+    alone_s, part_s = (sum(record["packing"][name] for record in found) for name in ("alone_s", "part_s"))
+    assert alone_s > 0, "it is known by then what passes cost"
+    assert f"{abs(alone_s - part_s):,.0f} s {'of passes saved' if alone_s >= part_s else 'lost'}" in said
     assert "- Packing: up to " in (tmp_path / "run" / "report.md").read_text()
 
 

@@ -23,7 +23,7 @@ from deft_ray.models.base import Base, load_base
 from deft_ray.models.bottleneck import BottleneckLayer
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.tasks.encoding import Example
-from deft_ray.train.cost import EVALUATED, PassCost, Size, tokens_of
+from deft_ray.train.cost import EVALUATED, PassCost, Room, Size, tokens_of
 from deft_ray.train.course import Run
 from deft_ray.train.evaluation import Evaluator
 from deft_ray.train.host import Host, Taken
@@ -236,6 +236,47 @@ def test_trials_beside_each_other_leave_what_they_leave_alone(
         check_equal(packed, want, trial)
     assert max(passes) == slots
     assert sum(passes) == sum(PASSES), "every micro-batch once"
+
+
+def test_at_the_published_epsilon_they_do_too(mixed: list[TrialSpec], serve: Serve, alone: Alone) -> None:
+    """Where a slope changes by its own size within 3e-4, so that rounding is seen sooner than elsewhere."""
+    published = {"approximation": "l0", "epsilon": 1e-7, "alpha": 1.0}
+    trials = [trial.model_copy(update={"deft": trial.deft.model_copy(update=published)}) for trial in mixed]
+    want, packed = alone(*trials), serve(Inbox(*trials), 4, "packed")
+    for trial in trials:
+        check_equal(packed, want, trial, looser=10)
+
+
+@pytest.mark.parametrize("evaluated", [1, 2])
+def test_trials_that_are_evaluated_share_what_the_others_wait(
+    base: Base, ranks: Ranks, mixed: list[TrialSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, evaluated: int
+) -> None:
+    """A turn's pieces, of however many trials, have a step's room together while somebody trains."""
+    at_once = [trial.model_copy(update={"train": trial.train.model_copy(update={"steps": 2})}) for trial in mixed]
+    long = mixed[2].model_copy(update={"train": mixed[2].train.model_copy(update={"steps": 40})})
+    turns, room_of = list[list[tuple[float, float]]](), Host.evaluation_room
+    turn = Host._turn
+
+    def new_turn(host: Host) -> None:
+        turns.append([])
+        turn(host)
+
+    def noted(host: Host) -> Room | None:
+        room = room_of(host)
+        if room is not None and host._pack is not None:
+            whole = host._pack.cost.room()
+            assert whole is not None
+            turns[-1].append((room.most, whole.most))
+        return room
+
+    monkeypatch.setattr(Host, "_turn", new_turn)
+    monkeypatch.setattr(Host, "evaluation_room", noted)
+    Host(base, ranks, Inbox(long, *at_once[:evaluated]), str(tmp_path), "h0", 3).serve()
+    asked = [each for each in turns if each]
+    assert asked
+    for each in asked:
+        assert sum(most for most, _ in each) <= each[0][1] * (1 + 1e-9)
+    assert max(map(len, asked)) == evaluated, "that many at once"
 
 
 def test_it_makes_no_difference_who_shares_a_pass(
