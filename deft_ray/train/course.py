@@ -168,7 +168,7 @@ class Run:
     def _evaluate(self) -> Course:
         last = self.slot.done == self.slot.steps
         pieces = self.slot.evaluation(self._taus(), last, room=self.host.evaluation_room)
-        yield False  # the first piece has its place in a turn as any other
+        yield False  # all that are evaluated in a turn are known before the first piece
         while True:
             began = time.monotonic()
             try:

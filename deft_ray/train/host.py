@@ -4,7 +4,7 @@ Runs on every worker of a host alike. Rank 0 takes trials from an inbox and send
 sweep's dispatcher, a list in a test) this room does not know.
 
 The loop goes in turns. In each, a free slot takes the next trial, then all slots that train pass a micro-batch through
-the base together, then each slot that is evaluated passes one batch. What a trial does next is told by its course,
+the base together, then each slot that is evaluated passes a piece of that. What a trial does next is told by its course,
 :mod:`deft_ray.train.course`.
 """
 
@@ -233,12 +233,12 @@ class Host:
         return Run(self, taken, slot, storage, started)
 
     def _turn(self) -> None:
-        """Pass a micro-batch of all slots that train, together, then a batch of each that is evaluated."""
+        """Pass a micro-batch of all slots that train, together, then a piece of each evaluation, also if just begun."""
         training = [run for run in self._runs if run.trains]
-        evaluated = [run for run in self._runs if not run.trains]
-        self._evaluated = len(evaluated)
         if training:
             self._train(training)
+        evaluated = [run for run in self._runs if not run.trains]
+        self._evaluated = len(evaluated)
         for run in evaluated:
             self._go_on(run)
 

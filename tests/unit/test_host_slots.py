@@ -239,12 +239,12 @@ def test_trials_beside_each_other_leave_what_they_leave_alone(
 
 
 def test_at_the_published_epsilon_they_do_too(mixed: list[TrialSpec], serve: Serve, alone: Alone) -> None:
-    """Where a slope changes by its own size within 3e-4, so that rounding is seen sooner than elsewhere."""
+    """Slopes are float32, and change by their own size within 3e-4: to 5e-4, and a twentieth of what has been learnt."""
     published = {"approximation": "l0", "epsilon": 1e-7, "alpha": 1.0}
     trials = [trial.model_copy(update={"deft": trial.deft.model_copy(update=published)}) for trial in mixed]
     want, packed = alone(*trials), serve(Inbox(*trials), 4, "packed")
     for trial in trials:
-        check_equal(packed, want, trial, looser=10)
+        check_equal(packed, want, trial, looser=500)
 
 
 @pytest.mark.parametrize("evaluated", [1, 2])
