@@ -4,8 +4,8 @@ Runs on every worker of a host alike. Rank 0 takes trials from an inbox and send
 sweep's dispatcher, a list in a test) this room does not know.
 
 The loop goes in turns. In each, a free slot takes the next trial, then all slots that train pass a micro-batch through
-the base together, then each slot that is evaluated passes a piece of that. What a trial does next is told by its course,
-:mod:`deft_ray.train.course`.
+the base together, then each slot that is evaluated passes a piece of that. What a trial does next is told by its
+course, :mod:`deft_ray.train.course`.
 """
 
 from __future__ import annotations

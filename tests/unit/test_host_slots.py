@@ -239,7 +239,7 @@ def test_trials_beside_each_other_leave_what_they_leave_alone(
 
 
 def test_at_the_published_epsilon_they_do_too(mixed: list[TrialSpec], serve: Serve, alone: Alone) -> None:
-    """Slopes are float32, and change by their own size within 3e-4: to 5e-4, and a twentieth of what has been learnt."""
+    """To 5e-4, and a twentieth of what was learnt: slopes are float32, and change by their size within 3e-4."""
     published = {"approximation": "l0", "epsilon": 1e-7, "alpha": 1.0}
     trials = [trial.model_copy(update={"deft": trial.deft.model_copy(update=published)}) for trial in mixed]
     want, packed = alone(*trials), serve(Inbox(*trials), 4, "packed")
