@@ -428,8 +428,8 @@ def test_ranks_with_their_share_average_to_the_whole_batch(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_feature_map_of_a_layer_in_several_pieces_is_each_neurons_mean(dtype: torch.dtype) -> None:
-    act = (torch.randn(40, 8, 2048, generator=torch.Generator().manual_seed(0)) + 1.0).to(dtype)
-    mask = (torch.rand(40, 8, generator=torch.Generator().manual_seed(1)) < 0.6).float()
+    act = (torch.randn(80, 8, 2048, generator=torch.Generator().manual_seed(0)) + 1.0).to(dtype)
+    mask = (torch.rand(80, 8, generator=torch.Generator().manual_seed(1)) < 0.6).float()
     assert len(list(chunks(act.reshape(-1, 2048)))) > 4
     got = _feature_map(act, mask.reshape(-1) / (mask.sum() * 2048))
     torch.testing.assert_close(got.double(), act.double()[mask.bool()].mean(dim=0), rtol=1e-5, atol=0.0)
