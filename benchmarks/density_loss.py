@@ -5,7 +5,7 @@
     python benchmarks/density_loss.py --shape base --parts evaluation --rounds 40        the rest stays as it is stored
 
 Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike;
-every other round goes backwards.
+every other round goes backwards. One way is there twice, as a control: its ratio tells what the machine alone makes of one.
 A ratio is the median over rounds of the ratio within a round: by the clock and, where its name ends in ``cpu_s``, by
 the seconds in which this process computes, which other work on a machine touches less. Needs torch, transformers, peft
 and bitsandbytes, with or without NF4, and nothing else of the project's dependencies: neither Ray nor DeepSpeed.
@@ -70,6 +70,7 @@ class Way:
 
 WAYS = {
     "peft": Way(0.0),
+    "peft_again": Way(0.0),
     "deft": Way(1.0),
     "fused_peft": Way(0.0, fused=True),
     "fused_deft": Way(1.0, fused=True),
@@ -78,8 +79,9 @@ WAYS = {
     "ada_peft": Way(0.0, adaptive=True),
     "ada_deft": Way(1.0, adaptive=True),
 }
-#: Ways over the one that has the same but the loss.
+#: Ways over the one that has the same but the loss. The first is the control: what the machine alone makes of a ratio.
 OVER_ALPHA_0 = {
+    "peft_again": "peft",
     "deft": "peft",
     "fused_deft": "fused_peft",
     "naive": "peft",
@@ -325,6 +327,7 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
         for action in (forward, likelihood, generation):
             ways = {
                 "plain": partial(action, None),
+                "plain_again": partial(action, None),
                 "counting": partial(with_counts, action, False),
                 "counting_with_map": partial(with_counts, action, True),
             }
@@ -335,7 +338,7 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
 
 
 def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Time the ways in turn; each one but ``plain`` over that one too."""
+    """Time the ways in turn; each one but ``plain`` over that one too, ``plain_again`` as a control."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     computing: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
