@@ -5,7 +5,7 @@
     python benchmarks/density_loss.py --shape base --parts evaluation --rounds 40        the rest stays as it is stored
 
 Every way of training is run in turn, again and again, so that a slow stretch of the machine falls on all of them alike;
-every other round goes backwards. One way is there twice, as a control: its ratio tells what the machine alone makes of one.
+every other round goes backwards. One way is there twice, as a control: what the machine alone makes of a ratio.
 A ratio is the median over rounds of the ratio within a round: by the clock and, where its name ends in ``cpu_s``, by
 the seconds in which this process computes, which other work on a machine touches less. Needs torch, transformers, peft
 and bitsandbytes, with or without NF4, and nothing else of the project's dependencies: neither Ray nor DeepSpeed.
