@@ -31,8 +31,9 @@ from shapes import SHAPES, build_t5, random_batch
 from store import RESULTS, origin, store, summary
 from torch import Tensor
 
+from deft_ray.density import activation
 from deft_ray.density.approximations import L0
-from deft_ray.density.counts import DensityCounts, StepCounts, WithFirst
+from deft_ray.density.counts import Counter, DensityCounts, StepCounts, WithFirst
 from deft_ray.density.probe import DensityProbe, Penalty
 from deft_ray.density.scales import LayerScales
 from deft_ray.models.families import FAMILIES, find_sites
@@ -40,7 +41,7 @@ from deft_ray.models.halves import decode, encode, first_tokens, generate, new_c
 
 EPSILON = 1e-3
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
-PARTS = ("saved_for_backward", "steps", "evaluation")
+PARTS = ("saved_for_backward", "steps", "evaluation", "added")
 AIMS = {
     "step over alpha = 0": "at most 1.03",
     "bytes beyond alpha = 0": 0,
@@ -270,71 +271,195 @@ def _layers(trainer: Trainer, side: str) -> int:
     return sum(site.side == side for site in trainer.sites)
 
 
-def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, question: int) -> dict[str, Any]:
-    """Time evaluations with exact counting and without, in turn: one forward pass, by likelihood, by generation.
+class Stopwatch:
+    """Adds up the seconds of what is timed by it; what is timed within that counts once."""
+
+    def __init__(self) -> None:
+        self.seconds, self._running = 0.0, False
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        if self._running:
+            yield
+            return
+        self._running, began = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._running = False
+            self.seconds += time.perf_counter() - began
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, timed."""
+
+        def watched(*given: Any, **options: Any) -> Any:
+            with self.timing():
+                return function(*given, **options)
+
+        return watched
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A counter whose work is timed."""
+
+    counter: Counter
+    watch: Stopwatch
+
+    def add(self, *shown: Any) -> None:
+        with self.watch.timing():
+            self.counter.add(*shown)
+
+
+class Evaluations:
+    """Evaluations with exact counting and without: one forward pass, by likelihood, by generation.
 
     As :mod:`deft_ray.train.evaluation` does it: ``counting`` in a trial's evaluations but the last, and
     ``counting_with_map``, which notes the neurons that are ever non-zero too, in the last. An answer that is generated
     is counted while it is written, and the given one, which nobody would pass through the decoder but for its density,
     is passed and counted beside it.
+
+    Args:
+        trainer: Whose model.
+        device: Where it is.
+        question: Tokens of a source whose answer is generated.
+
+    Attributes:
+        watch: Times what counting adds to an evaluation, where it is done.
+        first_step_s: Seconds of a first step of a written answer, which goes on from the given one's pass instead.
     """
-    probe, batch, model = DensityProbe(trainer.sites), trainer.batch, trainer.model.eval()
-    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    rows, length = batch["labels"].shape
-    asked = {name: random_batch(rows, question, length, device)[name] for name in source}
-    asked_masks = {"encoder": asked["attention_mask"]}
-    answers = batch["labels"][:, :ANSWER].repeat_interleave(CLASSES, dim=0)
-    mask, masks = source["attention_mask"].repeat_interleave(CLASSES, dim=0), trainer.masks
-    is_gold = (torch.arange(len(answers), device=device) % CLASSES == 0).long().unsqueeze(1).expand_as(answers)
 
-    def counted(
-        counts: DensityCounts | None, masks: Mapping[str, Tensor], there: Mapping[str, Tensor] | None = None
-    ) -> AbstractContextManager[None]:
-        return nullcontext() if counts is None else probe.counting(counts, masks, there)
+    def __init__(self, trainer: Trainer, device: torch.device, question: int) -> None:
+        self.probe, self.batch, self.model = DensityProbe(trainer.sites), trainer.batch, trainer.model.eval()
+        self.device, self.masks, self.watch, self.first_step_s = device, trainer.masks, Stopwatch(), 0.0
+        rows, self.length = self.batch["labels"].shape
+        self.source = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
+        self.asked = {name: random_batch(rows, question, self.length, device)[name] for name in self.source}
 
-    def forward(counts: DensityCounts | None) -> None:
-        with counted(counts, masks):
-            model(**batch)
-
-    def likelihood(counts: DensityCounts | None) -> None:
-        with counted(counts, masks):
-            encoded = encode(model, source)
-        with counted(counts, {"decoder": is_gold}, {"decoder": is_gold}):
-            decode(model, encoded.last_hidden_state.repeat_interleave(CLASSES, dim=0), mask, answers)
-
-    def generation(counts: DensityCounts | None) -> None:
-        with counted(counts, asked_masks):
-            encoded = encode(model, asked)
-        cache = new_cache(model)
-        if counts is None:
-            generate(model, encoded, asked, length, cache)
-            return
-        written = StepCounts()
-        with probe.counting(WithFirst(counts, written), masks):
-            logits = decode(model, encoded.last_hidden_state, asked["attention_mask"], batch["labels"], cache)
-        with probe.counting(written, masks):
-            tokens = generate(model, encoded, asked, length, cache, first_tokens(model, logits, cache))
-        written.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=device))
-
-    def with_counts(action: Callable[[DensityCounts | None], None], feature_map: bool) -> None:
-        counts = DensityCounts.empty(probe.names, device, feature_map=feature_map)
-        action(counts)
-        counts.density()
-        counts.density_feature_map()
-
-    figures = {}
-    with torch.no_grad():
-        for action in (forward, likelihood, generation):
-            ways = {
+    def ways(self) -> dict[str, dict[str, Callable[[], None]]]:
+        """Ways by kind of evaluation."""
+        return {
+            action.__name__: {
                 "plain": partial(action, None),
                 "plain_again": partial(action, None),
-                "counting": partial(with_counts, action, False),
-                "counting_with_map": partial(with_counts, action, True),
+                "counting": partial(self._counted, action, False),
+                "counting_with_map": partial(self._counted, action, True),
             }
-            figures[action.__name__] = _over_plain(ways, device, rounds)
-    probe.remove()
-    trainer.model.train()
-    return figures
+            for action in (self.forward, self.likelihood, self.generation)
+        }
+
+    def _counted(self, action: Callable[[DensityCounts | None], None], feature_map: bool) -> None:
+        self.watch.seconds = self.first_step_s = 0.0
+        counts = DensityCounts.empty(self.probe.names, self.device, feature_map=feature_map)
+        action(counts)
+        with self.watch.timing():
+            counts.density()
+            counts.density_feature_map()
+
+    def _counting(
+        self, counts: Counter | None, masks: Mapping[str, Tensor], there: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[None]:
+        return nullcontext() if counts is None else self.probe.counting(Timed(counts, self.watch), masks, there)
+
+    def forward(self, counts: DensityCounts | None) -> None:
+        with self._counting(counts, self.masks):
+            self.model(**self.batch)
+
+    def likelihood(self, counts: DensityCounts | None) -> None:
+        answers = self.batch["labels"][:, :ANSWER].repeat_interleave(CLASSES, dim=0)
+        mask = self.source["attention_mask"].repeat_interleave(CLASSES, dim=0)
+        gold = (torch.arange(len(answers), device=self.device) % CLASSES == 0).long().unsqueeze(1).expand_as(answers)
+        with self._counting(counts, self.masks):
+            encoded = encode(self.model, self.source)
+        with self._counting(counts, {"decoder": gold}, {"decoder": gold}):
+            decode(self.model, encoded.last_hidden_state.repeat_interleave(CLASSES, dim=0), mask, answers)
+
+    def generation(self, counts: DensityCounts | None) -> None:
+        mask, given = self.asked["attention_mask"], self.batch["labels"]
+        with self._counting(counts, {"encoder": mask}):
+            encoded = encode(self.model, self.asked)
+        cache = new_cache(self.model)
+        if counts is None:
+            generate(self.model, encoded, self.asked, self.length, cache)
+            return
+        written = StepCounts()
+        with self._counting(WithFirst(counts, written), self.masks), self.watch.timing():
+            logits = decode(self.model, encoded.last_hidden_state, mask, given, cache)
+        with self._counting(written, self.masks):
+            first = first_tokens(self.model, logits, cache)
+            tokens = generate(self.model, encoded, self.asked, self.length, cache, first)
+        with self.watch.timing():
+            written.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=self.device))
+
+    def time_first_step(self) -> None:
+        """Note what the first step of a written answer takes, where nothing goes before it."""
+        encoded = encode(self.model, self.asked)
+        step = partial(
+            decode,
+            self.model,
+            encoded.last_hidden_state,
+            self.asked["attention_mask"],
+            self.batch["labels"][:, :1],
+            new_cache(self.model),
+        )
+        self.first_step_s = timed(step, self.device)
+
+
+@contextmanager
+def evaluations(trainer: Trainer, device: torch.device, question: int) -> Iterator[Evaluations]:
+    """Give the evaluations of a model; it trains again afterwards."""
+    found = Evaluations(trainer, device, question)
+    try:
+        with torch.no_grad():
+            yield found
+    finally:
+        found.probe.remove()
+        trainer.model.train()
+
+
+def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, question: int) -> dict[str, Any]:
+    """Time evaluations with exact counting and without, in turn."""
+    with evaluations(trainer, device, question) as found:
+        return {kind: _over_plain(ways, device, rounds) for kind, ways in found.ways().items()}
+
+
+def measure_added(trainer: Trainer, rounds: int, question: int) -> dict[str, Any]:
+    """Time on a CPU what the loss adds to a step and counting to an evaluation, where it is done.
+
+    A ratio is of the whole over the whole without that, in one run: no other work on the machine turns it into its
+    opposite. Of a step: what blocks are asked, and the slopes that are added to their gradients. Of an evaluation:
+    counting, and the pass of the given answer less the first step of the written one, which goes on from it. What
+    caches forget meanwhile is in neither.
+    """
+    cpu, watch = torch.device("cpu"), Stopwatch()
+    steps, figures = dict[str, Any](), dict[str, Any]()
+    with ExitStack() as stack:
+        for where, name in ((DensityProbe, "_observe"), (activation, "_injected")):
+            stack.callback(setattr, where, name, getattr(where, name))
+            setattr(where, name, watch.around(getattr(where, name)))
+        for kind in CHECKPOINTING:
+            ratios: dict[str, list[float]] = {name: [] for name in ("deft", "fused_deft", "ada_deft")}
+            with trainer.checkpointing(kind):
+                for number in range(rounds + 1):
+                    for name, found in ratios.items():
+                        with trainer.using(WAYS[name]) as forward:
+                            watch.seconds = 0.0
+                            seconds = timed(partial(trainer.step, forward), cpu)
+                        if number:  # the first round warms up
+                            found.append(seconds / (seconds - watch.seconds))
+            steps[kind] = {name: summary(found) for name, found in ratios.items()}
+    with evaluations(trainer, cpu, question) as done:
+        for kind, ways in done.ways().items():
+            ratios = {name: [] for name in ways if name.startswith("counting")}
+            for number in range(rounds + 1):
+                for name, found in ratios.items():
+                    seconds = timed(ways[name], cpu)
+                    if kind == "generation":
+                        done.time_first_step()
+                    if number:
+                        found.append(seconds / (seconds - done.watch.seconds + done.first_step_s))
+            figures[kind] = {name: summary(found) for name, found in ratios.items()}
+    return {"steps": steps, "evaluation": figures}
 
 
 def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, Any]:
@@ -386,6 +511,7 @@ def main() -> None:
         "saved_for_backward": partial(measure_saved, trainer),
         "steps": partial(measure_steps, trainer, device, asked.rounds),
         "evaluation": partial(measure_evaluation, trainer, device, max(asked.rounds, 9), asked.question),
+        "added": partial(measure_added, trainer, asked.rounds, asked.question),
     }
     place = "gpu" if device.type == "cuda" else "cpu"
     name = f"density_loss_{asked.shape}_{asked.quantization}_{asked.dtype}_{place}"
@@ -394,6 +520,8 @@ def main() -> None:
     on = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     shape = {key: value for key, value in vars(asked).items() if key != "parts"}
     for part in asked.parts.split(","):
+        if part == "added" and device.type == "cuda":
+            continue  # a GPU works on while it is asked
         figures[part] = {"measured": {**origin(), **on, "shape": shape}, **measures[part]()}
     store(name, {**{part: figures[part] for part in PARTS if part in figures}, "aims": AIMS})
 

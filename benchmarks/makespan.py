@@ -36,7 +36,7 @@ from deft_ray.spec.loading import check_tree
 from deft_ray.spec.schema import SweepSpec
 from deft_ray.spec.yaml_tree import parse
 from deft_ray.tasks.kept import source_lengths, target_lengths
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.memory import DeviceMemory
 
 SPEC = """

@@ -38,7 +38,7 @@ from deft_ray.spec.catalog import NANO, find_task
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.train.cost import TRIED, Room
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.memory import DeviceMemory
 from deft_ray.train.pack import Pack
 from deft_ray.train.ranks import start_single

@@ -81,7 +81,7 @@ def train_one(config: dict[str, Any]) -> None:
     from deft_ray.spec.loading import check_tree
     from deft_ray.spec.resolve import resolve_trial
     from deft_ray.spec.yaml_tree import parse
-    from deft_ray.train.host import load_task
+    from deft_ray.train.loading import load_task
     from deft_ray.train.ranks import Ranks
     from deft_ray.train.slot import Slot
 

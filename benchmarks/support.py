@@ -26,7 +26,7 @@ from workers import join
 from deft_ray.density.approximations import KINDS
 from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 

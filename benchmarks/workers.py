@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import spawn
 
 from deft_ray.models.base import load_base
 from deft_ray.spec.schema import AdapterSection, DataSection, DeftSection, ModelSection, TrainSection, TrialSpec
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 

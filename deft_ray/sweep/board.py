@@ -86,7 +86,7 @@ class Board:
             return None
         entry = self.entries[trial]
         apart = entry.attempt + 1 >= MAX_ATTEMPTS
-        if apart and any(other.host == host for other in self.entries.values()):
+        if apart and self.running(host):
             return None  # nor does the host get another: it is to become free
         self._waiting.remove(trial)
         entry.state, entry.host, entry.attempt = "running", host, entry.attempt + 1
@@ -102,8 +102,12 @@ class Board:
 
     def _is_another_freer(self, host: str) -> bool:
         asking = {other for other, life in self._asking if life == self._lives.get(other, 0)}
-        held = Counter(entry.host for entry in self.entries.values() if entry.state == "running")
-        return any(held[other] < held[host] for other in asking)
+        has = Counter(entry.host for entry in self.entries.values() if entry.state == "running")
+        return any(has[other] < has[host] for other in asking)
+
+    def running(self, host: str) -> list[str]:
+        """Trials that a host has."""
+        return [trial for trial, entry in self.entries.items() if entry.host == host and entry.state == "running"]
 
     def give_back(self, trial: str, attempt: int) -> None:
         """A host has no room for a trial that it has claimed: it waits again, at the front, as if it had not."""
@@ -169,8 +173,7 @@ class Board:
         Returns:
             The host's life from now on, for :meth:`claim`.
         """
-        held = [trial for trial, entry in self.entries.items() if entry.host == host and entry.state == "running"]
-        for trial in reversed(held):
+        for trial in reversed(self.running(host)):
             entry = self.entries[trial]
             entry.host = None
             if entry.attempt >= MAX_ATTEMPTS or entry.cancelled:

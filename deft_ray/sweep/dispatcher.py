@@ -78,8 +78,14 @@ class Dispatcher:
         """Wait until an attempt is to stop; False if it was not for a while."""
         return bool(await self._wait_for(lambda: self._board.is_cancelled(trial, attempt)))
 
-    async def release(self, host: str, cause: str) -> int:
-        """A host is gone, or has come back without its trials; returns its life from now on."""
+    async def release(self, host: str, cause: str, lacked_memory: bool = False) -> int:
+        """A host is gone, or has come back without its trials; returns its life from now on.
+
+        Where it is gone as its machine lacked memory, it takes half as many trials at once in its lives to come.
+        """
+        had = len(self._board.running(host))
+        if lacked_memory and had > 1:
+            await self.has_slots(host, min(self._slots.get(host, had), had // 2), had // 2)
         life: int = await self._change(lambda: self._board.release(host, cause, time.time()))
         return life
 
@@ -96,7 +102,7 @@ class Dispatcher:
         """A host takes so many trials at once from now on, as memory held no pass of more than ``limit``."""
         self._slots[host] = slots
         if limit is not None:
-            self._limits[host] = limit
+            self._limits[host] = min(limit, self._limits.get(host, limit))
 
     async def limit(self, host: str) -> int | None:
         """Return how many slots of a pass a host's memory holds, where it has not held one more, in any life."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -58,7 +59,7 @@ class HostSettings:
 
 
 class _ReleaseOnFailure(UserCallback):
-    """Tells the dispatcher at once that a host has lost workers, so that another host can take its trial."""
+    """Tells the dispatcher at once that a host has lost workers, so that another host can take its trials, and why."""
 
     def __init__(self, dispatcher: Any, host: str) -> None:
         self._dispatcher, self._host = dispatcher, host
@@ -66,7 +67,9 @@ class _ReleaseOnFailure(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         lines = {rank: (str(error).strip() or "lost").splitlines()[-1] for rank, error in worker_exceptions.items()}
         cause = "; ".join(f"worker {rank}: {line}" for rank, line in lines.items())
-        ray.get(self._dispatcher.release.remote(self._host, cause))
+        failures = [getattr(error, "health_check_failure", error) for error in worker_exceptions.values()]
+        lacked_memory = any(isinstance(failure, OutOfMemoryError) for failure in failures)
+        ray.get(self._dispatcher.release.remote(self._host, cause, lacked_memory))
 
 
 class _HostTrainer(TorchTrainer):

@@ -250,7 +250,7 @@ class Run:
 
     def _warning(self) -> str | None:
         limit = self.host.limit
-        full = f"memory did not hold {limit + 1} slots: {limit} at once from then on" if limit is not None else None
+        full = f"memory does not hold more slots: {limit} at once from then on" if limit is not None else None
         lost = len(self.trial.rungs) - len(self.rungs)
         rungs = f"{lost} of {len(self.trial.rungs)} rungs fall on another one or on the last step" if lost else None
         return "; ".join(text for text in (self.slot.warning, full, rungs) if text) or None

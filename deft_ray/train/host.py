@@ -5,7 +5,8 @@ sweep's dispatcher, a list in a test) this room does not know.
 
 The loop goes in turns. In each, a free slot takes the next trial, then all slots that train pass a micro-batch through
 the base together, then each slot that is evaluated passes a piece of that. What a trial does next is told by its
-course, :mod:`deft_ray.train.course`.
+course, :mod:`deft_ray.train.course`. The first trial of a task begins once that is loaded, and those that train do not
+wait for it.
 """
 
 from __future__ import annotations
@@ -24,22 +25,21 @@ import torch
 
 from deft_ray.models.base import Base
 from deft_ray.models.routing import CannotShareError
-from deft_ray.spec.catalog import find_task
 from deft_ray.spec.plan import MOST_SLOTS
-from deft_ray.spec.schema import DataSection, TrialSpec
-from deft_ray.tasks.encoding import EncodedTask, encode_images, encode_task
-from deft_ray.tasks.images import class_names
-from deft_ray.tasks.kept import KeptTasks
-from deft_ray.tasks.rows import hold_out, load_beside, load_rows
+from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.cost import Room, tokens_of
 from deft_ray.train.course import Run, Stepped, end_row
+from deft_ray.train.loading import LoadedTasks
 from deft_ray.train.memory import DeviceMemory, FirstStep, Holds
-from deft_ray.train.pack import Pack, is_out_of_memory
+from deft_ray.train.pack import Pack, has_lost_gpu, is_out_of_memory
 from deft_ray.train.ranks import Ranks, is_about_company
 from deft_ray.train.slot import Slot, StepResult, step_together
 from deft_ray.train.storage import TrialStorage
 
 _log = logging.getLogger(__name__)
+
+#: How long a host without anything else to do waits before it looks again whether a task is loaded.
+_LOOK_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Taken:
     trial: TrialSpec
     attempt: int = 1
     apart: bool = False
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A trial that has a slot, whose task may have to be loaded before it begins; since when, in Unix seconds."""
+
+    taken: Taken
+    started: float
 
 
 class Inbox(Protocol):
@@ -133,11 +141,12 @@ class Host:
         self._runs: list[Run] = []
         self._held: list[Taken] = []
         """Wait until the base is free, as they cannot share it or lacked memory; no other is taken before them."""
+        self._coming: list[_Coming] = []
+        """Have a slot, and begin once their tasks are loaded."""
         self._closed = self._littered = False
         self._evaluated = 1
         """Trials that are evaluated in this turn."""
-        self._tasks: dict[str, EncodedTask] = {}
-        self._kept = KeptTasks(tokens)
+        self._tasks = LoadedTasks(base, tokens)
 
     @property
     def limit(self) -> int | None:
@@ -169,7 +178,7 @@ class Host:
         gc.collect()
         gc.freeze()  # the libraries' objects stay: not walking over them saves 0.3 s after every trial
         try:
-            while self._runs or self._held or not self._closed:
+            while self._runs or self._held or self._coming or not self._closed:
                 self._tidy()
                 self._take_in()
                 self._turn()
@@ -179,14 +188,15 @@ class Host:
 
     def _take_in(self) -> None:
         """Give every free slot a trial, as long as there are any."""
-        if not self._runs:
+        if self._is_idle:
             held, self._held = self._held, []
             for waits in held:
                 self._start(waits)
+        self._begin_loaded()
         if not self._has_room() and self.ranks.leads:
             self.inbox.no_room()
         while self._has_room():
-            taken = self.inbox.next_trial(wait=not self._runs) if self.ranks.leads else ""
+            taken = self.inbox.next_trial(wait=self._is_idle) if self.ranks.leads else ""
             taken = self.ranks.share(taken)
             self._closed = taken == "closed"
             if not isinstance(taken, Taken):
@@ -197,22 +207,49 @@ class Host:
         return self._is_free and not self._held and not self._closed
 
     @property
+    def _is_idle(self) -> bool:
+        return not self._runs and not self._coming
+
+    @property
     def _is_free(self) -> bool:
-        return len(self._runs) < self.slots and not any(run.taken.apart for run in self._runs)
+        return len(self._runs) + len(self._coming) < self.slots and not any(run.taken.apart for run in self._runs)
 
     def _start(self, taken: Taken) -> None:
-        """Put a trial into a slot, or keep it until the base is free."""
-        if not self._is_free or (taken.apart and self._runs):
+        """Put a trial into a slot, or keep it until the base is free; one whose task trains nobody yet comes later."""
+        if not self._is_free or (taken.apart and not self._is_idle):
             self._held.append(taken)
             return
-        started = time.time()
         self.inbox.follow(taken)
+        coming = _Coming(taken, time.time())
+        if self._is_idle or self._is_loaded(taken.trial):
+            self._begin(coming)
+        else:
+            self._coming.append(coming)
+
+    def _begin_loaded(self) -> None:
+        """Begin with trials whose tasks are loaded by now; where nobody trains meanwhile, there is time to wait."""
+        if not self._coming:
+            return
+        if not self._runs:
+            time.sleep(_LOOK_AGAIN_S)
+        for coming in tuple(self._coming):  # one by one, as a task that could not be loaded is loaded anew for the next
+            if len(self._runs) < self.slots and self._is_loaded(coming.taken.trial):
+                self._coming.remove(coming)
+                self._begin(coming)
+
+    def _is_loaded(self, trial: TrialSpec) -> bool:
+        """Tell whether a trial's task is loaded on all workers, or cannot be; begins to load it."""
+        return self.ranks.maximum(int(not self._tasks.begin(trial))) == [0]
+
+    def _begin(self, coming: _Coming) -> None:
+        """Open a trial's slot, or keep the trial until the base is free."""
+        taken = coming.taken
         try:
-            run = self._open(taken, started)
+            run = self._open(taken, coming.started)
         except CannotShareError:
             self._held.append(taken)
         except Exception as error:  # a border: whatever it was, it is a row, or there is memory later
-            self._fail(taken, started, error)
+            self._fail(taken, coming.started, error)
         else:
             self._runs.append(run)
             self._go_on(run)
@@ -229,7 +266,7 @@ class Host:
         with ExitStack() as fetched:
             fresh = self.ranks.share(self.ranks.leads and storage.latest() is None)
             start = fetched.enter_context(storage.adapter_of(trial.start_from)) if trial.start_from and fresh else None
-            slot = Slot(trial, self.base, self._task(trial), self.ranks, start, self._pack)
+            slot = Slot(trial, self.base, self._tasks.get(trial), self.ranks, start, self._pack)
         return Run(self, taken, slot, storage, started)
 
     def _turn(self) -> None:
@@ -268,6 +305,8 @@ class Host:
         the second of a step in parts is, say nothing of one trial.
         """
         self._first = None
+        if self._coming and not self.memory.on_gpu:
+            return  # what loads a task takes memory too
         shared = len(slots) < beside or any(slot.packed.shared for slot in slots)
         if beside > 1 and (self._holds is not None or shared):
             return
@@ -356,56 +395,13 @@ class Host:
         alone = {failed for failed, _ in told} != {trial}
         if alone and is_about_company(error):
             raise error
-        alone = alone or isinstance(error, torch.AcceleratorError)
+        alone = alone or has_lost_gpu(error)
         if self.ranks.leads or alone:
             status = "diverged" if isinstance(error, FloatingPointError) else "failed"
             cause = "".join(traceback.format_exception(error))
             self.inbox.send(trial, end_row(status, started, cause=cause) | ({"alone": True} if alone else {}))
         if alone:
             raise error
-
-    def _task(self, trial: TrialSpec) -> EncodedTask:
-        calibration = trial.dial.calibration_examples if trial.dial.taus else 0
-        key = f"{trial.task} {calibration} {trial.data.model_dump_json()}"
-        if key not in self._tasks:
-            task = find_task(trial.task, trial.data)
-            self._tasks[key] = self._kept.get(
-                key, task, lambda: load_task(trial.task, trial.data, self.base, calibration)
-            )
-        return self._tasks[key]
-
-
-def load_task(name: str, data: DataSection, base: Base, calibration: int = 0) -> EncodedTask:
-    """Load and tokenise a task's splits, or make pictures of them.
-
-    Args:
-        name: Of the task.
-        data: Where its rows are, and how long they may be.
-        base: Whose tokens.
-        calibration: Rows to hold out from training.
-
-    Raises:
-        SetupError: If the rows cannot be had or used.
-    """
-    task = find_task(name, data)
-    train = load_rows(task, "train", data.dir, data.train_examples)
-    train, held_out = hold_out(task, train, calibration) if calibration else (train, [])
-    validation = load_rows(task, "validation", data.dir, data.validation_examples)
-    if base.family.images:
-        known = task if task.labels else replace(task, labels=class_names(Path(str(data.dir))))
-        return encode_images(known, train, validation, base.image_processor, base.image_tokens, held_out)
-    return encode_task(
-        task,
-        train,
-        validation,
-        base.tokenizer,
-        text_to_text=base.family.text_to_text,
-        max_source_tokens=data.max_source_tokens,
-        max_target_tokens=data.max_target_tokens,
-        window_overlap_tokens=data.window_overlap_tokens,
-        beside=load_beside(task, data.dir, data.validation_examples),
-        calibration=held_out,
-    )
 
 
 def fingerprint(trial: TrialSpec) -> str:

@@ -42,6 +42,9 @@ from deft_ray.train.random_state import Draws
 
 _log = logging.getLogger(__name__)
 
+#: What errors of no type of their own say: torch's allocator on a CPU, CUDA, cuBLAS and cuDNN.
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 @dataclass
 class Share:
@@ -268,7 +271,7 @@ class Pack:
                 if len(now) == 1:
                     traceback.clear_frames(error.__traceback__)  # they hold the pass
                     found[now[0]] = error
-                elif isinstance(error, torch.AcceleratorError):
+                elif has_lost_gpu(error):
                     raise
                 elif is_out_of_memory(error):
                     self.limit = len(now) - 1
@@ -397,5 +400,10 @@ def _clock() -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether memory was asked for that there was not, on a GPU or by torch or Python on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Tell whether memory was asked for that there was not: by torch, by CUDA and its libraries, or by Python."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _NO_MEMORY)
+
+
+def has_lost_gpu(error: Exception) -> bool:
+    """Tell whether an error leaves a GPU that computes no more, as any that CUDA itself tells but of memory."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)

@@ -13,7 +13,7 @@ from torch import Tensor
 from deft_ray.models.base import Base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from tests.plain_peft import answers_of_head, reopened, texts_of

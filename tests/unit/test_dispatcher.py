@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from deft_ray.sweep.dispatcher import Dispatcher
 
 
@@ -42,6 +44,37 @@ def test_what_a_hosts_memory_held_is_known_in_its_next_life() -> None:
         return [*known, await dispatcher.limit("host-0"), await dispatcher.limit("host-1")]
 
     assert asyncio.run(tell()) == [None, 3, None]
+
+
+@pytest.mark.parametrize(
+    ("known", "lives"), [(None, [(4, 2), (2, 1)]), (None, [(5, 2)]), (1, [(4, 1)]), (None, [(1, None)])]
+)
+def test_a_host_that_was_killed_for_lack_of_memory_takes_half_as_many_from_then_on(
+    known: int | None, lives: list[tuple[int, int | None]]
+) -> None:
+    """Lives are trials that it had, and its limit in the next. A single trial says nothing of slots."""
+
+    async def tell() -> None:
+        dispatcher, life = Dispatcher(), 0
+        for number in range(5):
+            await dispatcher.submit(f"t{number}", "spec")
+        if known is not None:
+            await dispatcher.has_slots("host-0", known, known)
+        for trials, limit in lives:
+            for _ in range(trials):
+                assert await dispatcher.claim("host-0", life, wait=False) != "wait"
+            before = await dispatcher.limit("host-0")
+            await dispatcher.release("host-1", "worker 0: killed", lacked_memory=True)
+            assert await dispatcher.limit("host-0") == before, "another host's fault"
+            await dispatcher.release("host-0", "worker 0: killed", lacked_memory=True)
+            life = await dispatcher.release("host-0", "its workers were started anew")
+            assert await dispatcher.limit("host-0") == limit
+            assert (await dispatcher.slots()).get("host-0") == limit, "so many does Tune have on their way"
+            if limit is not None:
+                await dispatcher.has_slots("host-0", 8, 8)
+                assert await dispatcher.limit("host-0") == limit, "the life before may have said so late"
+
+    asyncio.run(tell())
 
 
 def test_a_host_with_a_trial_leaves_the_next_to_one_without() -> None:

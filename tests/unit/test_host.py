@@ -18,7 +18,8 @@ from deft_ray.spec.schema import TrialSpec
 from deft_ray.sweep.books import to_record
 from deft_ray.train.batches import BatchOrder
 from deft_ray.train.course import evaluation_steps
-from deft_ray.train.host import Host, Taken, fingerprint, load_task
+from deft_ray.train.host import Host, Taken, fingerprint
+from deft_ray.train.loading import load_task
 from deft_ray.train.pack import Found
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
@@ -468,7 +469,7 @@ def test_a_task_is_read_once_per_host(base: Base, ranks: Ranks, trial: Trial, tm
         read.append(task)
         return load_task(task, *arguments)
 
-    monkeypatch.setattr("deft_ray.train.host.load_task", counted)
+    monkeypatch.setattr("deft_ray.train.loading.load_task", counted)
     trials = [trial(trial="t0001"), trial(trial="t0002", seed=1), trial(trial="t0003", task="rte")]
     Host(base, ranks, Inbox(*trials), str(tmp_path), "h0").serve()
 

@@ -24,7 +24,7 @@ from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.images import Picture, class_names, make_pictures
 from deft_ray.tasks.rows import check_data_folder, load_rows
 from deft_ray.train.batches import source_mask, source_tensors, training_batch
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from tests.tiny import make_image, png, write_cifar10, write_images
 
 CPU = torch.device("cpu")

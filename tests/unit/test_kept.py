@@ -18,7 +18,8 @@ from deft_ray.spec.catalog import TASKS
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.tasks.encoding import EncodedTask, Example
 from deft_ray.tasks.kept import KeptExamples, KeptTasks, labels_of, source_lengths, target_lengths
-from deft_ray.train.host import Host, load_task
+from deft_ray.train.host import Host
+from deft_ray.train.loading import load_task
 from deft_ray.train.ranks import Ranks
 from tests.tiny import GLUE_TASKS
 from tests.unit.test_host import Inbox

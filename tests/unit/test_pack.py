@@ -23,7 +23,7 @@ from deft_ray.models.base import Base, load_base
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.cost import PassCost
 from deft_ray.train.evaluation import Evaluation
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.pack import Found, Pack, Share
 from deft_ray.train.random_state import Draws, seeded
 from deft_ray.train.ranks import Ranks

@@ -18,7 +18,8 @@ from deft_ray.spec.plan import build_plan, format_plan
 from deft_ray.spec.points import count_points, first_points
 from deft_ray.spec.schema import SweepSpec, TrialSpec
 from deft_ray.sweep.schedule import Nothing, Schedule
-from deft_ray.train.host import Host, load_task
+from deft_ray.train.host import Host
+from deft_ray.train.loading import load_task
 from deft_ray.train.random_state import Draws, seeded
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot

@@ -12,7 +12,7 @@ import torch
 from deft_ray.spec.schema import TrialSpec
 from deft_ray.train.cost import PassCost, Size
 from deft_ray.train.evaluation import Evaluation
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.pack import Pack
 from deft_ray.train.random_state import Draws, seed_everything, seeded
 from deft_ray.train.ranks import Ranks

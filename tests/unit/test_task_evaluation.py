@@ -22,7 +22,7 @@ from deft_ray.spec.schema import OwnSection, TrialSpec
 from deft_ray.tasks import scoring
 from deft_ray.train.cost import Room
 from deft_ray.train.evaluation import Evaluation, Pieces
-from deft_ray.train.host import load_task
+from deft_ray.train.loading import load_task
 from deft_ray.train.ranks import Ranks
 from deft_ray.train.slot import Slot
 from tests.plain_peft import reopened
