@@ -18,26 +18,25 @@ import ray
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from deft_ray.sweep.dispatcher import start_dispatcher
-from deft_ray.sweep.hosts import _ReleaseOnFailure
+from deft_ray.sweep.hosts import _HostTrainer, _ReleaseOnFailure
 
 def eat(config):
     import time
     kept = []
     while len(kept) < {MOST_GIB} * 16:
         kept.append(b"x" * 2**26)
-        time.sleep(0.02)
     time.sleep(60)
 
 threshold = (get_used_memory() + {LIMIT_GIB} * 2**30) / get_system_memory()  # a container's, where there is one
-ray.init(num_cpus=2, _system_config={{"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100}})
+limits = {{"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100, "max_kill_memory_buffer_bytes": 0}}
+ray.init(num_cpus=2, _system_config=limits)
 dispatcher = start_dispatcher({{}})
 for number in range(4):
     ray.get(dispatcher.submit.remote(f"t{{number}}", "spec"))
     assert ray.get(dispatcher.claim.remote("host-0", 0, False)) == ("spec", 1, False)
 assert ray.get(dispatcher.limit.remote("host-0")) is None
-trainer = TorchTrainer(
+trainer = _HostTrainer(
     eat,
     train_loop_config={{}},
     scaling_config=ScalingConfig(num_workers=1),
@@ -48,6 +47,7 @@ trainer = TorchTrainer(
         callbacks=[_ReleaseOnFailure(dispatcher, "host-0")],
     ),
 )
+trainer.outlived = False
 try:
     trainer.fit()
 except Exception as error:
