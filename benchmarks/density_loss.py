@@ -384,7 +384,7 @@ class Evaluations:
             return
         written = StepCounts()
         with self._counting(WithFirst(counts, written), self.masks), self.watch.timing():
-            logits = decode(self.model, encoded.last_hidden_state, mask, given, cache)
+            logits = decode(self.model, encoded.last_hidden_state, mask, given, cache, first_only=True)
         with self._counting(written, self.masks):
             first = first_tokens(self.model, logits, cache)
             tokens = generate(self.model, encoded, self.asked, self.length, cache, first)

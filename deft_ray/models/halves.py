@@ -8,12 +8,13 @@ Shape suffixes: B batch, T tokens, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -53,7 +54,13 @@ def new_cache(model: PeftModel) -> EncoderDecoderCache | None:
 
 
 def decode(
-    model: PeftModel, encoded_BTD: Tensor, mask_BT: Tensor, labels_BT: Tensor, cache: EncoderDecoderCache | None = None
+    model: PeftModel,
+    encoded_BTD: Tensor,
+    mask_BT: Tensor,
+    labels_BT: Tensor,
+    cache: EncoderDecoderCache | None = None,
+    *,
+    first_only: bool = False,
 ) -> Tensor:
     """Run the decoder under teacher forcing.
 
@@ -63,18 +70,38 @@ def decode(
         mask_BT: The source's mask, without virtual positions.
         labels_BT: Answers; -100 where there is none.
         cache: Of :func:`new_cache`: filled by the first pass over a batch, read by the others.
+        first_only: Whether only the first position's logits are asked for: a fifth of the pass makes the others.
 
     Returns:
-        Logits, (B, T of the labels, vocabulary).
+        Logits, (B, T of the labels, or 1, vocabulary). Of the first position alone they are no numbers in rows in which
+        the decoder found at any position what is none.
     """
-    logits: Tensor = model(
-        input_ids=mask_BT.new_empty(len(mask_BT), 0),  # read for the number of rows alone
-        encoder_outputs=BaseModelOutput(encoded_BTD),
-        attention_mask=mask_BT,
-        labels=labels_BT,
-        **_cached(cache, DynamicCache()),
-    ).logits
+    base: Any = model.get_base_model()
+    with _first_position(base) if first_only else nullcontext():
+        logits: Tensor = model(
+            input_ids=mask_BT.new_empty(len(mask_BT), 0),  # read for the number of rows alone
+            encoder_outputs=BaseModelOutput(encoded_BTD),
+            attention_mask=mask_BT,
+            decoder_input_ids=base.prepare_decoder_input_ids_from_labels(labels=labels_BT),  # without a loss
+            **_cached(cache, DynamicCache()),
+        ).logits
     return logits
+
+
+@contextmanager
+def _first_position(base: Any) -> Iterator[None]:
+    """Let the model's head see the first position of each row only."""
+
+    def cut(_head: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        (hidden_BTD,) = given
+        is_bad_B11 = ~hidden_BTD.isfinite().all(dim=-1).all(dim=-1).reshape(-1, 1, 1)
+        return (hidden_BTD[:, :1].masked_fill(is_bad_B11, torch.nan),)
+
+    hook = base.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def first_tokens(model: PeftModel, logits_BTV: Tensor, cache: EncoderDecoderCache | None) -> Tensor | None:

@@ -333,12 +333,13 @@ class Evaluator:
     ) -> Generator[None, None, list[Prediction]]:
         cache, written = new_cache(self.model), StepCounts()
         with self.probe.counting(WithFirst(counts, written), {"decoder": (labels != IGNORED).long()}):
-            logits = decode(self.model, encoded.last_hidden_state, source["attention_mask"], labels, cache)
+            logits = decode(
+                self.model, encoded.last_hidden_state, source["attention_mask"], labels, cache, first_only=True
+            )
         if not logits.isfinite().all():
             return [math.nan] * len(examples)
         first_B = first_tokens(self.model, logits, cache)
         written = StepCounts() if first_B is None else written
-        del logits  # the longest tensor of all; the others wait with the answers
         yield
         at_once = partial(piece.new_tokens, len(examples), self.max_new_tokens)
         writing = generate_in_pieces(self.model, encoded, source, self.max_new_tokens, cache, first_B, at_once)

@@ -61,6 +61,31 @@ def test_the_halves_are_the_whole(model: PeftModel) -> None:
 
 
 @torch.no_grad()
+def test_the_first_position_alone_is_what_it_is_among_others(base: Base, model: PeftModel) -> None:
+    close = 1e-5 if base.dtype == "float32" else 0.03
+    encoded, head = encode(model, source()).last_hidden_state, model.get_base_model().lm_head
+    want = decode(model, encoded, MASK, LABELS)[:, :1]
+    first = decode(model, encoded, MASK, LABELS, new_cache(model), first_only=True)
+    assert first.shape == want.shape
+    torch.testing.assert_close(first, want, rtol=close, atol=close)
+    assert first_tokens(model, first, new_cache(model)) is None or torch.equal(first.argmax(-1), want.argmax(-1))
+    assert not head._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_what_is_no_number_at_a_later_position_is_seen_at_the_first(model: PeftModel) -> None:
+    encoded, decoder = encode(model, source()).last_hidden_state, model.get_base_model().decoder
+
+    def spoil(_decoder: torch.nn.Module, _given: object, found: dict[str, Tensor]) -> None:
+        found["last_hidden_state"][1, 2, 3] = torch.inf
+
+    hook = decoder.register_forward_hook(spoil)
+    first = decode(model, encoded, MASK, LABELS, first_only=True)
+    hook.remove()
+    assert first.isfinite().all(dim=-1).squeeze(1).tolist() == [True, False, True]
+
+
+@torch.no_grad()
 def test_many_answers_to_one_source(base: Base, model: PeftModel) -> None:
     """Rows of candidates against one full pass for each."""
     close = 1e-4 if base.dtype == "float32" else 0.1
