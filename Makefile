@@ -44,7 +44,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/orchestration.py search.trials=14
 	$(BIN)/python benchmarks/density_loss.py --parts saved_for_backward,steps --rounds 15
 	$(BIN)/python benchmarks/density_loss.py --parts evaluation --rounds 28
-	$(BIN)/python benchmarks/density_loss.py --parts added --rounds 9
+	$(BIN)/python benchmarks/density_loss.py --parts added_to_steps,added_to_evaluation --rounds 15
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/packing.py --shape nano --source 40
 	$(BIN)/python benchmarks/packing.py --shape xl --checkpointing --rounds 1 --slots 1,8

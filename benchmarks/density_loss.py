@@ -41,7 +41,7 @@ from deft_ray.models.halves import decode, encode, first_tokens, generate, new_c
 
 EPSILON = 1e-3
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
-PARTS = ("saved_for_backward", "steps", "evaluation", "added")
+PARTS = ("saved_for_backward", "steps", "evaluation", "added_to_steps", "added_to_evaluation")
 AIMS = {
     "step over alpha = 0": "at most 1.03",
     "bytes beyond alpha = 0": 0,
@@ -326,12 +326,14 @@ class Evaluations:
 
     Attributes:
         watch: Times what counting adds to an evaluation, where it is done.
-        first_step_s: Seconds of a first step of a written answer, which goes on from the given one's pass instead.
+        times_first_step: Whether to time a written answer's first step, which goes on from the given one's pass instead.
+        first_step_s: Seconds that it took in the last evaluation with counts, which is that much longer.
     """
 
     def __init__(self, trainer: Trainer, device: torch.device, question: int) -> None:
         self.probe, self.batch, self.model = DensityProbe(trainer.sites), trainer.batch, trainer.model.eval()
-        self.device, self.masks, self.watch, self.first_step_s = device, trainer.masks, Stopwatch(), 0.0
+        self.device, self.masks, self.watch = device, trainer.masks, Stopwatch()
+        self.times_first_step, self.first_step_s = False, 0.0
         rows, self.length = self.batch["labels"].shape
         self.source = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
         self.asked = {name: random_batch(rows, question, self.length, device)[name] for name in self.source}
@@ -385,24 +387,14 @@ class Evaluations:
         written = StepCounts()
         with self._counting(WithFirst(counts, written), self.masks), self.watch.timing():
             logits = decode(self.model, encoded.last_hidden_state, mask, given, cache, first_only=True)
+        if self.times_first_step:
+            first = partial(decode, self.model, encoded.last_hidden_state, mask, given[:, :1], new_cache(self.model))
+            self.first_step_s = timed(first, self.device)
         with self._counting(written, self.masks):
             first = first_tokens(self.model, logits, cache)
             tokens = generate(self.model, encoded, self.asked, self.length, cache, first)
         with self.watch.timing():
             written.total(torch.full((len(tokens),), tokens.shape[1] - 1, device=self.device))
-
-    def time_first_step(self) -> None:
-        """Note what the first step of a written answer takes, where nothing goes before it."""
-        encoded = encode(self.model, self.asked)
-        step = partial(
-            decode,
-            self.model,
-            encoded.last_hidden_state,
-            self.asked["attention_mask"],
-            self.batch["labels"][:, :1],
-            new_cache(self.model),
-        )
-        self.first_step_s = timed(step, self.device)
 
 
 @contextmanager
@@ -423,16 +415,13 @@ def measure_evaluation(trainer: Trainer, device: torch.device, rounds: int, ques
         return {kind: _over_plain(ways, device, rounds) for kind, ways in found.ways().items()}
 
 
-def measure_added(trainer: Trainer, rounds: int, question: int) -> dict[str, Any]:
-    """Time on a CPU what the loss adds to a step and counting to an evaluation, where it is done.
+def measure_added_to_steps(trainer: Trainer, rounds: int) -> dict[str, Any]:
+    """Time on a CPU what the loss adds to a step where it is done: blocks' questions, slopes added to their gradients.
 
-    A ratio is of the whole over the whole without that, in one run: no other work on the machine turns it into its
-    opposite. Of a step: what blocks are asked, and the slopes that are added to their gradients. Of an evaluation:
-    counting, and the pass of the given answer less the first step of the written one, which goes on from it. What
-    caches forget meanwhile is in neither.
+    The ratio is of the step over the step less that, in one run: no other work on the machine turns it into its
+    opposite. What caches forget meanwhile is not in it.
     """
-    cpu, watch = torch.device("cpu"), Stopwatch()
-    steps, figures = dict[str, Any](), dict[str, Any]()
+    watch, figures = Stopwatch(), dict[str, Any]()
     with ExitStack() as stack:
         for where, name in ((DensityProbe, "_observe"), (activation, "_injected")):
             stack.callback(setattr, where, name, getattr(where, name))
@@ -444,22 +433,30 @@ def measure_added(trainer: Trainer, rounds: int, question: int) -> dict[str, Any
                     for name, found in ratios.items():
                         with trainer.using(WAYS[name]) as forward:
                             watch.seconds = 0.0
-                            seconds = timed(partial(trainer.step, forward), cpu)
+                            seconds = timed(partial(trainer.step, forward), torch.device("cpu"))
                         if number:  # the first round warms up
                             found.append(seconds / (seconds - watch.seconds))
-            steps[kind] = {name: summary(found) for name, found in ratios.items()}
-    with evaluations(trainer, cpu, question) as done:
-        for kind, ways in done.ways().items():
-            ratios = {name: [] for name in ways if name.startswith("counting")}
-            for number in range(rounds + 1):
-                for name, found in ratios.items():
-                    seconds = timed(ways[name], cpu)
-                    if kind == "generation":
-                        done.time_first_step()
-                    if number:
-                        found.append(seconds / (seconds - done.watch.seconds + done.first_step_s))
             figures[kind] = {name: summary(found) for name, found in ratios.items()}
-    return {"steps": steps, "evaluation": figures}
+    return figures
+
+
+def measure_added_to_evaluation(trainer: Trainer, rounds: int, question: int) -> dict[str, Any]:
+    """Time in the same way what an evaluation is longer for counts.
+
+    Counting, and the pass of the given answer less the first step of the written one, which goes on from it.
+    """
+    figures = dict[str, Any]()
+    with evaluations(trainer, torch.device("cpu"), question) as done:
+        done.times_first_step = True
+        for kind, ways in done.ways().items():
+            ratios: dict[str, list[float]] = {name: [] for name in ways if name.startswith("counting")}
+            for number in range(rounds + 1):
+                for name in _in_turn(ratios, number):
+                    whole = timed(ways[name], torch.device("cpu")) - done.first_step_s
+                    if number:
+                        ratios[name].append(whole / (whole - done.watch.seconds + done.first_step_s))
+            figures[kind] = {name: summary(found) for name, found in ratios.items()}
+    return figures
 
 
 def _over_plain(ways: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, Any]:
@@ -511,7 +508,8 @@ def main() -> None:
         "saved_for_backward": partial(measure_saved, trainer),
         "steps": partial(measure_steps, trainer, device, asked.rounds),
         "evaluation": partial(measure_evaluation, trainer, device, max(asked.rounds, 9), asked.question),
-        "added": partial(measure_added, trainer, asked.rounds, asked.question),
+        "added_to_steps": partial(measure_added_to_steps, trainer, asked.rounds),
+        "added_to_evaluation": partial(measure_added_to_evaluation, trainer, asked.rounds, asked.question),
     }
     place = "gpu" if device.type == "cuda" else "cpu"
     name = f"density_loss_{asked.shape}_{asked.quantization}_{asked.dtype}_{place}"
@@ -520,7 +518,7 @@ def main() -> None:
     on = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     shape = {key: value for key, value in vars(asked).items() if key != "parts"}
     for part in asked.parts.split(","):
-        if part == "added" and device.type == "cuda":
+        if part.startswith("added") and device.type == "cuda":
             continue  # a GPU works on while it is asked
         figures[part] = {"measured": {**origin(), **on, "shape": shape}, **measures[part]()}
     store(name, {**{part: figures[part] for part in PARTS if part in figures}, "aims": AIMS})

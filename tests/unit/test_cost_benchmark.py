@@ -53,14 +53,11 @@ def test_it_needs_what_it_says_alone(tmp_path: Path, quantization: str) -> None:
     for way in ways.values():
         assert way["s"].keys() == {"plain", "plain_again", "counting", "counting_with_map"}
         assert all(way[f"{kind}_over_plain"]["count"] >= 9 for kind in ("plain_again", "counting", "counting_with_map"))
-    added = result["added"]
-    assert added["steps"].keys() == {"none", "non-reentrant", "reentrant"}
-    for kind in added["steps"].values():
-        assert kind.keys() == {"deft", "fused_deft", "ada_deft"}
-        assert all(way["least"] > 1 for way in kind.values())
-    assert added["evaluation"].keys() == ways.keys()
-    for kind in added["evaluation"].values():
-        assert kind.keys() == {"counting", "counting_with_map"}
+    for kind in ("none", "non-reentrant", "reentrant"):
+        assert result["added_to_steps"][kind].keys() == {"deft", "fused_deft", "ada_deft"}
+        assert all(way["least"] > 1 for way in result["added_to_steps"][kind].values())
+    for kind in ways:
+        assert result["added_to_evaluation"][kind].keys() == {"counting", "counting_with_map"}
 
 
 def test_a_part_that_is_measured_again_leaves_the_others_as_they_are(tmp_path: Path) -> None:
