@@ -326,7 +326,7 @@ class Evaluations:
 
     Attributes:
         watch: Times what counting adds to an evaluation, where it is done.
-        times_first_step: Whether to time a written answer's first step, which goes on from the given one's pass instead.
+        times_first_step: Whether to time a written answer's first step, in whose place the given one's pass is.
         first_step_s: Seconds that it took in the last evaluation with counts, which is that much longer.
     """
 
