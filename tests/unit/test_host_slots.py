@@ -258,6 +258,23 @@ def test_at_the_published_epsilon_they_do_too(mixed: list[TrialSpec], serve: Ser
         check_equal(packed, want, trial, looser=500)
 
 
+def test_with_every_other_loss_and_schedule_they_do_too(mixed: list[TrialSpec], serve: Serve, alone: Alone) -> None:
+    losses: list[dict[str, Any]] = [
+        {"approximation": "tanh", "beta": 3.0, "alpha": 2.0},
+        {"approximation": "l2", "alpha": 0.5, "alpha_ramp": 0.5},
+        {"epsilon": 1e-1, "epsilon_end": 1e-3, "alpha": 1.0},
+        {"epsilon": 1e-2, "alpha": 3.0, "alpha_decoder": 0.1, "alpha_delay": 0.5},
+        {"approximation": "tanh", "loss_of": "feature_map", "alpha": 2.0},
+    ]
+    trials = [
+        trial.model_copy(update={"deft": trial.deft.model_copy(update=loss)})
+        for trial, loss in zip(mixed[:5], losses, strict=True)
+    ]
+    want, packed = alone(*trials), serve(Inbox(*trials), 5, "packed")
+    for trial in trials:
+        check_equal(packed, want, trial)
+
+
 @pytest.mark.parametrize("evaluated", [1, 2])
 def test_trials_that_are_evaluated_share_what_the_others_wait(
     base: Base, ranks: Ranks, mixed: list[TrialSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, evaluated: int
