@@ -507,7 +507,7 @@ def main() -> None:
     measures = {
         "saved_for_backward": partial(measure_saved, trainer),
         "steps": partial(measure_steps, trainer, device, asked.rounds),
-        "evaluation": partial(measure_evaluation, trainer, device, max(asked.rounds, 9), asked.question),
+        "evaluation": partial(measure_evaluation, trainer, device, asked.rounds, asked.question),
         "added_to_steps": partial(measure_added_to_steps, trainer, asked.rounds),
         "added_to_evaluation": partial(measure_added_to_evaluation, trainer, asked.rounds, asked.question),
     }

@@ -52,7 +52,7 @@ def test_it_needs_what_it_says_alone(tmp_path: Path, quantization: str) -> None:
     assert ways.keys() == {"forward", "likelihood", "generation"}
     for way in ways.values():
         assert way["s"].keys() == {"plain", "plain_again", "counting", "counting_with_map"}
-        assert all(way[f"{kind}_over_plain"]["count"] >= 9 for kind in ("plain_again", "counting", "counting_with_map"))
+        assert all(way[f"{kind}_over_plain"]["count"] == 1 for kind in ("plain_again", "counting", "counting_with_map"))
     for kind in ("none", "non-reentrant", "reentrant"):
         assert result["added_to_steps"][kind].keys() == {"deft", "fused_deft", "ada_deft"}
         assert all(way["least"] > 1 for way in result["added_to_steps"][kind].values())
