@@ -60,7 +60,7 @@ class LoadedTasks:
             self._load(self._tasks[key], trial, self._base)
         try:
             return self._tasks[key].result()
-        except Exception:
+        except Exception:  # raised again; forgotten, so that who asks next has it loaded anew
             del self._tasks[key]
             raise
 
