@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 from deft_ray.models.base import load_base
 from deft_ray.nano import MODEL_DIR
 from deft_ray.results.records import RecordLog
+from deft_ray.results.report import packing
 from deft_ray.spec.catalog import NANO
 from deft_ray.spec.loading import check_tree
 from deft_ray.spec.schema import SweepSpec
@@ -89,7 +90,7 @@ def tokens_of_a_trial(spec: SweepSpec) -> float:
 
 
 def sweep(text: str, trials: int, slots: int) -> dict[str, Any]:
-    """Run the sweep by its command; returns its makespan in seconds, what its trials took of it, and its memory."""
+    """Run the sweep by its command; returns its makespan in seconds, what its trials took of it, memory and packing."""
     with tempfile.TemporaryDirectory() as folder:
         spec, output = Path(folder) / "spec.yaml", Path(folder) / "run"
         spec.write_text(text)
@@ -102,7 +103,13 @@ def sweep(text: str, trials: int, slots: int) -> dict[str, Any]:
     assert [record.status for record in records] == ["complete"] * trials
     first, last = min(r.started_at or 0.0 for r in records), max(r.ended_at or 0.0 for r in records)
     peak = max(record.peak_memory_gib or 0.0 for record in records)
-    return {"slots": slots, "makespan_s": seconds, "first_trial_to_last_s": last - first, "peak_gib": peak}
+    return {
+        "slots": slots,
+        "makespan_s": seconds,
+        "first_trial_to_last_s": last - first,
+        "peak_gib": peak,
+        "packing": packing(records),
+    }
 
 
 def one_fit_per_trial(text: str, trials: int, fits: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def test_it_stores_what_a_sweep_and_fits_take(tmp_path: Path) -> None:
     assert (found["trials"], sweep["slots"], len(fits["each_s"])) == (4, 2, 1)
     assert 0 < sweep["first_trial_to_last_s"] < sweep["makespan_s"]
     assert fits["makespan_s"] == pytest.approx(4 * fits["each_s"][0])
+    assert "of 80 passes were shared" in sweep["packing"]
     assert found["sweep_over_fits"] == {"2": pytest.approx(sweep["makespan_s"] / fits["makespan_s"])}
     for each in (sweep, fits):
         assert 0.2 < each["peak_gib"] < 4
