@@ -61,6 +61,11 @@ def percents(ways: list[dict[str, float]]) -> list[float]:
     return [round(100 * (way["median"] - 1), 1) for way in ways]
 
 
+def highest(ways: list[dict[str, float]]) -> float:
+    """The highest upper quartile of what is added, in percent."""
+    return round(100 * (max(way["upper_quartile"] for way in ways) - 1), 1)
+
+
 def test_what_the_density_loss_costs_is_what_was_measured() -> None:
     found = result("density_loss_base_none_float32_cpu")
     saved, added = found["saved_for_backward"], found["added_to_steps"]
@@ -68,9 +73,9 @@ def test_what_the_density_loss_costs_is_what_was_measured() -> None:
     assert all(kind["deft"] == kind["fused_deft"] - kind["fused_peft"] == 0 for kind in more)
     ways, adaptive = ([added[kind][way] for kind in KINDS for way in which] for which in (BLOCKS, ("ada_deft",)))
     assert figures("computing added to a step by the density loss, Flan-T5-base shape, 4 x 128 tokens") == [
-        *percents(ways), 5, *percents(adaptive), 3, more[0]["naive"], more[1]["naive"]
+        *percents(ways), 15, *percents(adaptive), 3, more[0]["naive"], more[1]["naive"]
     ]  # fmt: skip
-    assert all(way["count"] == 5 for way in (*ways, *adaptive))
+    assert all(way["count"] == 15 for way in (*ways, *adaptive))
     assert max(way["upper_quartile"] for way in (*ways, *adaptive)) <= 1.03, "as was asked"
     fused, stock, naive = figures("kept for the backward pass per activation of a gated MLP, float")[1:]
     assert (fused - stock, naive - stock) == (more[0]["fused_deft"], more[0]["naive"])
@@ -84,13 +89,7 @@ def test_what_the_density_loss_costs_is_what_was_measured() -> None:
         max(naive_way),
     ]  # fmt: skip
     assert all(step["count"] == 15 for step in steps)
-    above = [(kind, way) for kind, found in zip(KINDS, whole, strict=True) for way in ASKED if missed(found[way])]
-    assert above == [("non-reentrant", "deft"), ("non-reentrant", "ada_deft")], "as the README says"
-
-
-def missed(step: dict[str, float]) -> bool:
-    """Whether a step takes more than was asked."""
-    return step["median"] > 1.03
+    assert max(kind[way]["median"] for kind in whole for way in ASKED) <= 1.03, "as was asked"
 
 
 def test_what_exact_counts_cost_is_what_was_measured() -> None:
@@ -99,18 +98,20 @@ def test_what_exact_counts_cost_is_what_was_measured() -> None:
     ways, mapped = ([kind[way] for kind in added] for way in ("counting", "counting_with_map"))
     question = found["added_to_evaluation"]["measured"]["shape"]["question"]
     assert figures("computing added to an evaluation by exact counts") == [
-        *percents(ways), 15, *percents(mapped), 5, question
+        *percents(ways), 15, *percents(mapped), highest(mapped), 5, question
     ]  # fmt: skip
     assert all(way["count"] == 15 for way in (*ways, *mapped))
-    assert max(way["upper_quartile"] for way in (*ways, *mapped)) <= 1.05, "as was asked"
+    assert max(way["median"] for way in mapped) <= 1.05, "as was asked"
+    assert max(way["upper_quartile"] for way in (*ways, *mapped[:2])) <= 1.05, "of the last one the README says so"
     ways, mapped, control = (
         [kind[f"{way}_over_plain"] for kind in whole] for way in ("counting", "counting_with_map", "plain_again")
     )
     assert figures("whole evaluations with exact counts over those without, in turn") == [
-        *(round(way["median"], 2) for way in (*ways, *mapped)), 28, *ends(ways),
+        *(round(way["median"], 2) for way in (*ways, *mapped)), 28, *ends(ways), 1.05,
         *(round(way["median"], 2) for way in control),
     ]  # fmt: skip
-    assert {way["count"] for way in ways} == {28}
+    assert {way["count"] for way in (*ways, *mapped)} == {28}
+    assert max(way["median"] for way in (*ways, *mapped)) <= 1.05, "as was asked"
 
 
 def ends(ways: list[dict[str, float]]) -> list[float]:
