@@ -3,13 +3,14 @@
     python benchmarks/packing.py [--shape base] [--quantization nf4] [--dtype float32] [--rounds 9]
 
 A T5 with random weights, or the embedded one (``--shape nano``), batches without padding, LoRA on every linear layer
-and the density loss, AdamW under DeepSpeed. In every round, in turn: each slot steps by itself, as on a warm host that
-runs one trial at a time, and all slots step in one pass. For ``routing``, four slots with a quarter of a batch each
-step in one pass, and one slot with the whole batch; each round puts them on the base anew. For ``evaluation``, one of
-four slots is evaluated, in batches of 64, while the others train: seconds of each piece over those of the step of the
-others before it, with pieces that keep to a step's length, as a host has them, and with whole batches. Answers are
-written by the embedded model alone, which can read. Ratios are taken within a round. Peak memory of the last step is
-stored: on a GPU of torch's allocator, on a CPU of the process.
+and the density loss, AdamW under DeepSpeed. In every round, in turn: one slot that has the base to itself makes a step
+for each of so many trials, as a warm host does that runs one at a time, and so many slots make one each in one pass.
+For ``routing``, four slots with a quarter of a batch each step in one pass, and one slot with the whole batch. Each
+round puts them on the base anew; their third steps are timed. For ``evaluation``, one of four slots is evaluated, in
+batches of 64, while the others train: seconds of each piece over those of the step of the others before it, with
+pieces that keep to a step's length, as a host has them, and with whole batches. Answers are written by the embedded
+model alone, which can read. Ratios are taken within a round. Peak memory of the last step is stored: on a GPU of
+torch's allocator, on a CPU of the process.
 
 The makespan of a whole sweep is in makespan.py, as it takes Ray: one slot, several, and one fit per trial in one run.
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
@@ -22,7 +23,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +70,24 @@ class Bench:
         sites = find_sites(model, family)
         self.base = Base(model, None, family, sites, asked.dtype, type(sites[0].module).__name__)
 
-    def measure(self, slots: int, rows: int, ways: dict[str, Callable[[list[Slot]], None]]) -> dict[str, Any]:
-        """Time ways to step so many slots, in turn, with the peak memory of each."""
-        memory = DeviceMemory(self.ranks.device)
-        pack = Pack(self.base)
-        opened = [
-            Slot(self.trial(number, rows), self.base, self.data(number, rows), self.ranks, pack=pack)
-            for number in range(slots)
-        ]
+    def passes(self, slots: int, rows: int) -> dict[str, Any]:
+        """Time a step of each of so many slots, in turn: one after the other on a warm host of one, and in one pass."""
+        memory, ways = DeviceMemory(self.ranks.device), {"one_by_one": (1, one_by_one), "together": (slots, together)}
         seconds, peaks = {way: list[float]() for way in ways}, dict[str, float]()
         for number in range(self.asked.rounds + 1):
-            for way, step in ways.items():
-                memory.begin_peak()
-                took = timed(lambda step=step: step(opened), self.ranks.device)
+            for way, (at_once, step) in ways.items():
+                with self.warm(at_once, rows, step) as opened:
+                    memory.begin_peak()
+                    stepping = opened * (slots // at_once)
+                    took = timed(lambda step=step, stepping=stepping: step(stepping), self.ranks.device)
+                    peaks[way] = memory.peak / 2**30
                 if number:
                     seconds[way].append(took)
-                peaks[way] = memory.peak / 2**30
-        for slot in opened:
-            slot.close()
-        return {"s": {way: summary(times) for way, times in seconds.items()}, "peak_gib": peaks, "raw": seconds}
+        return {
+            "s": {way: summary(times) for way, times in seconds.items()},
+            "peak_gib": peaks,
+            "one_by_one_over_together": ratio(seconds["one_by_one"], seconds["together"]),
+        }
 
     def routing(self, rows: int, quarters: int = 4) -> dict[str, Any]:
         """Time slots that share out a batch beside one slot that has all of it, in turn: the third step of each.
@@ -97,26 +98,32 @@ class Bench:
         seconds, computing = ({way: list[float]() for way in ways} for _ in range(2))
         for number in range(2 * self.asked.rounds + 1):
             for way, (slots, each, step) in ways.items():
-                pack = Pack(self.base)
-                opened = [
-                    Slot(self.trial(place, each), self.base, self.data(place, each), self.ranks, pack=pack)
-                    for place in range(slots)
-                ]
-                for _ in range(2):
-                    step(opened)
-                began = time.process_time()
-                took = timed(lambda step=step, opened=opened: step(opened), self.ranks.device)
-                if number:
-                    seconds[way].append(took)
-                    computing[way].append(time.process_time() - began)
-                for slot in opened:
-                    slot.close()
+                with self.warm(slots, each, step) as opened:
+                    began = time.process_time()
+                    took = timed(lambda step=step, opened=opened: step(opened), self.ranks.device)
+                    if number:
+                        seconds[way].append(took)
+                        computing[way].append(time.process_time() - began)
         return {
             "slots": quarters,
             "s": {way: summary(times) for way, times in seconds.items()},
             "four_quarters_over_one_whole": ratio(seconds["four_quarters"], seconds["one_whole"]),
             "cpu_seconds": ratio(computing["four_quarters"], computing["one_whole"]),
         }
+
+    @contextmanager
+    def warm(self, slots: int, rows: int, step: Callable[[list[Slot]], None]) -> Iterator[list[Slot]]:
+        """Put so many slots on the base; they have stepped twice by then, and leave it in the end."""
+        pack = Pack(self.base)
+        opened = [
+            Slot(self.trial(number, rows), self.base, self.data(number, rows), self.ranks, pack=pack)
+            for number in range(slots)
+        ]
+        for _ in range(2):
+            step(opened)
+        yield opened
+        for slot in opened:
+            slot.close()
 
     def evaluation(self, rows: int) -> dict[str, Any]:
         """Time what the slots that train wait for while one is evaluated, beside what they wait for each other."""
@@ -244,14 +251,12 @@ def measure_slots(bench: Bench) -> dict[str, Any]:
     """Measure passes of so many slots each, and what a trial takes of memory."""
     asked, steps = bench.asked, []
     for slots in map(int, asked.slots.split(",")):
-        found = bench.measure(slots, asked.rows, {"one_by_one": one_by_one, "together": together})
-        raw = found.pop("raw")
+        found = bench.passes(slots, asked.rows)
         tokens = slots * asked.rows * (asked.source + asked.target)
         steps.append(
             {
                 "slots": slots,
                 **found,
-                "one_by_one_over_together": ratio(raw["one_by_one"], raw["together"]),
                 "tokens_per_s": {way: tokens / times["median"] for way, times in found["s"].items()},
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,11 @@ from deft_ray.spec.schema import SweepSpec
 MOST_SLOTS = 8
 #: What of the free memory they may take: the rest is left to evaluations, fragments, and whoever else is there.
 FILLED = 0.9
+#: Layers of the families that look their input up in a table.
+_TABLES = frozenset({
+    "shared", "embed_tokens", "embed_positions", "wte", "wpe",
+    "word_embeddings", "position_embeddings", "token_type_embeddings", "relative_attention_bias",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,8 @@ def packing_of(spec: SweepSpec, *, memory_is_known: bool = True) -> tuple[int | 
         return 1, f"one at a time on each base: {kind} tuning changes what all rows attend to"
     if stage == 3:
         return 1, "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)"
+    if kind == "lora" and (tables := _TABLES.intersection(_last_names(spec.adapter.target_modules))):
+        return 1, f"one at a time on each base: adapters on embeddings ({', '.join(sorted(tables))}) cannot share it"
     found = None
     if asked is None:
         found = f"at most{', by memory' if memory_is_known else ''}; each host finds out"
@@ -197,15 +205,21 @@ def packing_of(spec: SweepSpec, *, memory_is_known: bool = True) -> tuple[int | 
 def _unlike(spec: SweepSpec) -> list[str]:
     """In what a sweep's trials may differ so that they cannot share a base."""
     heads = {len(find_task(name, spec.data).labels) for name in spec.data.tasks}
+    virtual = [kind for kind in ("prefix", "prompt") if kind in spec.space.get("adapter.kind", ())]
+    each = f", and each with {' or '.join(virtual)}," if virtual else ""
     return [
         what
         for what, yes in (
-            ("adapters", "adapter.kind" in spec.space),
+            (f"adapters{each}", "adapter.kind" in spec.space),
             ("ZeRO stages, of which 3 shares none,", 3 in spec.space.get("train.zero_stage", ())),
             ("heads", spec.model.family != "t5" and (len(heads) > 1 or "adapter.head" in spec.space)),
         )
         if yes
     ]
+
+
+def _last_names(targets: str | Sequence[str]) -> list[str]:
+    return [] if isinstance(targets, str) else [target.rsplit(".", 1)[-1] for target in targets]
 
 
 def _slots(spec: SweepSpec, hosts: int, footprint: Footprint | None, free: float) -> int:

@@ -261,7 +261,7 @@ class DispatcherInbox:
 
     def has_slots(self, slots: int, limit: int | None) -> None:
         """Tell the sweep how many trials this host takes at once, and how many memory was found to hold in a pass."""
-        self._dispatcher.has_slots.remote(self._host, slots, limit)
+        ray.get(self._dispatcher.has_slots.remote(self._host, slots, limit))
 
 
 def storage_path(storage: str) -> str:

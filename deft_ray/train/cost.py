@@ -26,6 +26,8 @@ TRIED = 3
 PROBED = 32
 #: Passes that are remembered for each number of slots, for so many turns: fewer where there were none since.
 REMEMBERED, REMEMBERED_TURNS, KEPT = 16, 4 * PROBED, 4
+#: Passes of a slot by itself after which what was found out is forgotten: nothing tells then whether it still holds.
+RETRIED = 16 * PROBED
 #: Fewer slots will do if a trial's part of a pass costs at most so much more with them: the search learns sooner, and
 #: hosts end together. Dealt out in twos and threes, the quickstart's last trials left a host idle for a tenth of it.
 WORTH = 0.2
@@ -97,7 +99,7 @@ class PassCost:
 
     def __init__(self) -> None:
         self._seen: defaultdict[int, deque[tuple[int, int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._turns = 0
+        self._turns = self._by_itself = 0
         self._turn: list[int] = []
         """Tokens of each pass of the last turn that had any."""
         self._turn_is_over = False
@@ -138,7 +140,7 @@ class PassCost:
         """Slots that are worth having, of at most so many.
 
         Two before anything is known, as it takes two to learn it. Then the fewest of which a trial's part of a pass is
-        expected to cost at most :data:`WORTH` more than with the most.
+        expected to cost at most :data:`WORTH` more than with the most. Where that is one, two are tried again later.
         """
         if self._line is None:
             return min(most, 2)
@@ -157,6 +159,9 @@ class PassCost:
             Places of slots, each once.
         """
         everybody = list(range(len(sizes)))
+        self._by_itself = self._by_itself + 1 if len(sizes) == 1 else 0
+        if self._by_itself == RETRIED:
+            self._turns, self._line = 0, None
         if len(sizes) < 2:
             return [everybody] if everybody else []
         if not self._turns:

@@ -91,7 +91,7 @@ class Inbox(Protocol):
         """Send a row of a running trial; called on rank 0, and by a rank that fails alone."""
 
     def has_slots(self, slots: int, limit: int | None) -> None:
-        """Take note of what the host has found; told on rank 0 whenever that changes.
+        """Take note of what the host has found; told on rank 0 whenever that changes, and by a rank that fails alone.
 
         Args:
             slots: Trials that it takes at once.
@@ -369,7 +369,7 @@ class Host:
 
         Without a row, it is held until it has the base to itself, if it failed on all workers and what one of them
         lacked was memory, while other trials were there to have it: from then on there are no more at once than those.
-        It goes on from its last checkpoint.
+        It goes on from its last checkpoint. So it does where it failed on some workers only, in the host's next life.
 
         Args:
             taken: The trial.
@@ -378,7 +378,8 @@ class Host:
 
         Raises:
             Exception: The trial's own, where the workers cannot go on: it failed on some of them only, or their GPU
-                computes no more. Without a row where it is about a worker that was lost, for which no trial can help.
+                computes no more. Without a row where it is about a worker that was lost, for which no trial can help,
+                or about memory that others had.
         """
         self._littered = True
         trial, others = taken.trial.trial, len(self._runs)
@@ -394,6 +395,10 @@ class Host:
             return
         alone = {failed for failed, _ in told} != {trial}
         if alone and is_about_company(error):
+            raise error
+        if alone and mine[1]:
+            _log.warning("memory of a worker does not hold %s beside %d other trials", trial, others)
+            self.inbox.has_slots(min(self.slots, others), others)
             raise error
         alone = alone or has_lost_gpu(error)
         if self.ranks.leads or alone:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -1203,3 +1204,42 @@ def test_memory_that_one_of_two_workers_lacks_makes_passes_smaller_on_both(
             end = end_of(found, trial)
             assert end["status"] == "complete"
             assert "memory does not hold more slots: 2 at once from then on" in end["warning"]
+
+
+def lack_memory(rank: int, folder: Path, trials: list[TrialSpec]) -> None:
+    """One of two workers; the second has no memory for the first evaluation, while two other trials are there."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("deft_ray.train.ranks.AGREE_TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr(PassCost, "groups", all_in_one_pass)
+    monkeypatch.setattr(LoadedTasks, "begin", loaded_at_once)
+    predict = Evaluator._predict_part
+
+    def full(*given: Any, **options: Any) -> Any:
+        if rank:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(*given, **options)
+
+    monkeypatch.setattr(Evaluator, "_predict_part", full)
+    ranks, inbox = start_worker(rank, 2, folder), Inbox(*trials)
+    host = Host(load_base(trials[0].model.name, "t5"), ranks, inbox, str(folder), "h0", 3)
+    with pytest.raises(RuntimeError, match="CUDA out of memory" if rank else "gloo/"):
+        host.serve()
+    torch.save((inbox.sent, inbox.slots, inbox.limits, inbox.followed), folder / f"{rank}.pt")
+    monkeypatch.undo()
+
+
+def test_memory_that_one_of_two_workers_lacks_for_an_evaluation_costs_the_host_and_no_trial(
+    mixed: list[TrialSpec], single: Base, ranks: Ranks, passes: list[int], tmp_path: Path
+) -> None:
+    """The workers cannot go on together; in the host's next life there are two slots, and nobody has failed."""
+    trials = mixed[:3]
+    spawn(lack_memory, args=(tmp_path, trials), nprocs=2)
+    leading, following = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert following == ([], [2], [2], [trial.trial for trial in trials]), "the sweep is told by the one that knows"
+    assert {row["kind"] for _, row in leading[0]} == {"train"}
+    assert leading[1:3] == ([], [])
+
+    again = Inbox(*trials)
+    Host(single, ranks, again, str(tmp_path / "again"), "h0", 3, limit=following[2][0]).serve()
+    assert [end_of(again, trial)["status"] for trial in trials] == ["complete"] * 3
+    assert max(passes) == 2

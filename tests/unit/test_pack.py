@@ -511,6 +511,27 @@ def test_the_loss_of_one_of_eight_slots_has_no_gradient_in_another(
     check_no_crossing(slots, counted)
 
 
+@pytest.mark.parametrize(
+    ("model", "tasks", "leaves"),
+    [
+        ("dry-t5", ("sst2", "squad"), {"adapter__kind": "bottleneck", "adapter__reduction_factor": 8}),
+        ("dry-bert", ("sst2", "mrpc"), {}),
+        ("dry-roberta", ("rte", "qnli"), {"adapter__kind": "bottleneck", "adapter__reads": "sum"}),
+        ("dry-gpt2", ("mnli", "mnli"), {"adapter__head": "two-layer"}),
+        ("dry-vit", ("cifar10", "cifar10"), {}),
+    ],
+)
+def test_nor_has_that_of_heads_and_bottlenecks(
+    trial: Trial, base_of: Any, join: Join, model: str, tasks: tuple[str, str], leaves: dict[str, Any]
+) -> None:
+    specs = [trial(model, task, trial=task, seed=seed, deft__alpha=2.0, **leaves) for seed, task in enumerate(tasks)]
+    pack = Pack(base_of(specs[0]))
+    slots = [join(pack, spec) for spec in specs]
+    shaken(slots[0])
+    for counted in range(2):
+        check_no_crossing(slots, counted)
+
+
 def check_no_crossing(slots: list[Slot], counted: int) -> list[Found]:
     """Exactly zero where only one slot's losses count, which has the gradient that it has beside the others'."""
 

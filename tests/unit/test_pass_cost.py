@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from deft_ray.train.cost import EVALUATED, PROBED, TRIED, WORTH, PassCost, Room, Size, tokens_of
+from deft_ray.train.cost import EVALUATED, PROBED, RETRIED, TRIED, WORTH, PassCost, Room, Size, tokens_of
 
 
 def splits(places: Sequence[int]) -> Iterator[list[list[int]]]:
@@ -103,6 +103,29 @@ def test_where_sharing_saves_nothing_one_slot_is_enough_and_where_it_saves_most_
     """A seventh of a pass is within a fifth of an eighth."""
     assert taught(0.0, 1e-3, random.Random(0), noise=0.02).slots_worth(8) == 1
     assert [taught(1.0, 0.0, random.Random(0), noise=0.02).slots_worth(most) for most in (4, 8)] == [4, 7]
+
+
+def test_where_one_slot_was_enough_two_are_tried_again_later() -> None:
+    """The first passes told that a pass costs nothing but its tokens; on this machine it costs a second, whatever."""
+    cost, size = taught(0.0, 1e-3, random.Random(0), noise=0.02), Size(8, 30, 2)
+    for _ in range(RETRIED):
+        assert cost.slots_worth(8) == 1
+        turn(cost, [size], 1.0, 0.0)
+    assert cost.slots_worth(8) == 2
+    assert cost.alone_s(size) is None
+    for _ in range(2 * TRIED + 1):
+        turn(cost, [size, size], 1.0, 0.0)
+    assert cost.slots_worth(8) == 7
+    assert cost.alone_s(size) == pytest.approx(1.0)
+
+
+def test_what_was_learnt_stays_while_others_are_there_now_and_then() -> None:
+    cost, size = taught(1.0, 0.0, random.Random(0)), Size(8, 30, 2)
+    for _ in range(3):
+        for _ in range(RETRIED - 1):
+            turn(cost, [size], 1.0, 0.0)
+        turn(cost, [size, size], 1.0, 0.0)
+    assert cost.slots_worth(8) == 7
 
 
 def turn(cost: PassCost, sizes: Sequence[Size], fixed: float, each: float) -> list[list[int]]:

@@ -95,7 +95,7 @@ def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
         (
             {"adapter": {"kind": {"choice": ["lora", "prompt"]}}, "baseline": {"adapter.kind": "lora"}},
             8,
-            "trials with unlike adapters take turns",
+            "trials with unlike adapters, and each with prompt, take turns",
         ),
         (
             {"train": {"steps": 1, "zero_stage": {"choice": [0, 3]}}, "baseline": {"train.zero_stage": 0}},
@@ -112,6 +112,22 @@ def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
             2,
             "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)",
         ),
+        (
+            {"adapter": {"kind": {"choice": ["lora", "bottleneck"]}}, "baseline": {"adapter.kind": "lora"}},
+            8,
+            "trials with unlike adapters take turns",
+        ),
+        (
+            {"adapter": {"kind": {"choice": ["lora", "prefix", "prompt"]}}, "baseline": {"adapter.kind": "lora"}},
+            8,
+            "trials with unlike adapters, and each with prefix or prompt, take turns",
+        ),
+        (
+            {"adapter": {"target_modules": ["q", "decoder.embed_tokens", "shared"]}},
+            2,
+            "one at a time on each base: adapters on embeddings (embed_tokens, shared) cannot share it",
+        ),
+        ({"adapter": {"target_modules": ["q", "wo"]}}, 8, None),
         ({"data": {"tasks": ["sst2", "mnli"]}}, 8, None),
         (
             {"data": {"tasks": ["sst2", "mnli"]}, "model": {"name": "b", "family": "bert"}},
