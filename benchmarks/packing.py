@@ -9,8 +9,8 @@ For ``routing``, four slots with a quarter of a batch each step in one pass, and
 round puts them on the base anew; their third steps are timed. For ``evaluation``, one of four slots is evaluated, in
 batches of 64, while the others train: seconds of each piece over those of the step of the others before it, with
 pieces that keep to a step's length, as a host has them, and with whole batches. Answers are written by the embedded
-model alone, which can read. Ratios are taken within a round. Peak memory of the last step is stored: on a GPU of
-torch's allocator, on a CPU of the process.
+model alone, which can read. Ratios are taken within a round. Peak memory of the first round's step is stored: on a GPU
+of torch's allocator, on a CPU of the process.
 
 The makespan of a whole sweep is in makespan.py, as it takes Ray: one slot, several, and one fit per trial in one run.
 Needs DeepSpeed beside torch, transformers, peft and bitsandbytes; no Ray.
@@ -80,9 +80,11 @@ class Bench:
                     memory.begin_peak()
                     stepping = opened * (slots // at_once)
                     took = timed(lambda step=step, stepping=stepping: step(stepping), self.ranks.device)
-                    peaks[way] = memory.peak / 2**30
+                    peak = memory.peak / 2**30
                 if number:
                     seconds[way].append(took)
+                else:  # later ones take what those before them have left, too
+                    peaks[way] = peak
         return {
             "s": {way: summary(times) for way, times in seconds.items()},
             "peak_gib": peaks,
@@ -261,7 +263,8 @@ def measure_slots(bench: Bench) -> dict[str, Any]:
             }
         )
         print(slots, steps[-1]["one_by_one_over_together"], flush=True)
-    each = [steps[place]["peak_gib"]["together"] / steps[place]["slots"] for place in (0, -1)]
+    fewest, most = steps[0], steps[-1]
+    each = [min(fewest["peak_gib"].values()) / fewest["slots"], most["peak_gib"]["together"] / most["slots"]]
     memory = {"gib_per_trial_fewest_slots": each[0], "gib_per_trial_most_slots": each[1], "ratio": each[1] / each[0]}
     return {"steps": steps, "memory": memory}
 

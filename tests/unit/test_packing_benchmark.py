@@ -46,8 +46,8 @@ def test_it_stores_passes_memory_routing_and_evaluation(tmp_path: Path, shape: t
         assert step["tokens_per_s"]["together"] == pytest.approx(
             step["slots"] * 4 * 12 / step["s"]["together"]["median"]
         )
-    each = [step["peak_gib"]["together"] / step["slots"] for step in steps]
-    assert found["slots"]["memory"]["ratio"] == pytest.approx(each[1] / each[0])
+    one, three = (step["peak_gib"] for step in steps)
+    assert found["slots"]["memory"]["ratio"] == pytest.approx(three["together"] / 3 / min(one.values()))
     assert found["routing"]["four_quarters_over_one_whole"]["count"] == 4
     assert found["routing"]["cpu_seconds"]["median"] > 0
     assert found["routing"]["measured"]["settings"]["rounds"] == 2
