@@ -42,6 +42,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/orchestration.py search.trials=14
+	$(BIN)/python benchmarks/quickstart_slots.py
 	$(BIN)/python benchmarks/density_loss.py --parts saved_for_backward,steps --rounds 15
 	$(BIN)/python benchmarks/density_loss.py --parts evaluation --rounds 28
 	$(BIN)/python benchmarks/density_loss.py --parts added_to_steps,added_to_evaluation --rounds 15

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,15 @@ def test_a_sweeps_makespan_is_what_was_measured() -> None:
     assert figures(f"a sweep of {found['trials']} nano trials")[:-1] == wanted
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"batches of 4 take {seconds[2]} s in place of {seconds[0]}" in text
+
+
+def test_what_slots_do_to_the_quickstart_is_what_was_measured() -> None:
+    found = result("quickstart_slots")
+    one, shipped = (round(median(run["wall_s"] for run in found["rounds"][way])) for way in ("one", "shipped"))
+    told, count = found["told_saved_s"], found["told_saved_s"]["count"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"it takes {shipped} s where it takes {one} with `slots_per_host: 1` (medians of {count})" in text
+    assert f"for the {round(told['median'])} s of passes that it tells it has saved" in text
 
 
 def test_what_early_stopping_saves_and_loses_is_what_was_measured() -> None:
