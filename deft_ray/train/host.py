@@ -383,8 +383,8 @@ class Host:
         """
         self._littered = True
         trial, others = taken.trial.trial, len(self._runs)
-        mine = trial, bool(others) and is_out_of_memory(error)
-        told = set(self.ranks.gather(mine)) if self.ranks.all_failed() else set()
+        lacks_memory = bool(others) and is_out_of_memory(error)
+        told = set(self.ranks.gather((trial, lacks_memory))) if self.ranks.all_failed() else set()
         if {failed for failed, _ in told} == {trial} and any(short for _, short in told) and self._pack is not None:
             _log.warning(
                 "memory does not hold %s beside %d other trials: %d at most from now on", trial, others, others
@@ -396,7 +396,7 @@ class Host:
         alone = {failed for failed, _ in told} != {trial}
         if alone and is_about_company(error):
             raise error
-        if alone and mine[1]:
+        if alone and lacks_memory:
             _log.warning("memory of a worker does not hold %s beside %d other trials", trial, others)
             self.inbox.has_slots(min(self.slots, others), others)
             raise error
