@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_ray.nano import MODEL_DIR
-from deft_ray.spec.catalog import NANO, TEXT_TO_TEXT
+from deft_ray.spec.catalog import NANO, TABLES, TEXT_TO_TEXT
 from deft_ray.spec.machine import Machine
 from deft_ray.spec.plan import Footprint, gpus_per_worker
 from deft_ray.spec.schema import AdapterSection, SweepSpec
@@ -45,7 +45,6 @@ _CONFIG_KEYS = {
     "gpt2": ("n_embd", "n_inner", "n_head", "n_layer"),
 }
 _HEADS = ("lm_head", "classifier", "score", "pooler")
-_TABLES = ("shared", "embed", "wte", "wpe", "relative_attention_bias", "position")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class _Shape:
         return {
             name.removesuffix(".weight"): size
             for name, size in self.tensors.items()
-            if len(size) == 2 and name.endswith(".weight") and not any(word in name for word in (*_HEADS, *_TABLES))
+            if len(size) == 2 and name.endswith(".weight") and not any(word in name for word in (*_HEADS, *TABLES))
         }
 
 

@@ -230,6 +230,8 @@ PUBLISHED_ADAPTERS: tuple[PublishedAdapter, ...] = (
     PublishedAdapter("vit-base-patch16-224-in21k", _bottleneck(8), "2.04", 2.04088, "truncated"),
 )
 
+#: What is in the names of layers that look their input up in a table, in every family.
+TABLES = ("shared", "embed", "wte", "wpe", "relative_attention_bias", "position")
 #: Families with an encoder and a decoder, which answer in words: they choose among a task's answers, or write one.
 TEXT_TO_TEXT = ("t5",)
 

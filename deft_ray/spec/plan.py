@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deft_ray.spec.catalog import find_task
+from deft_ray.spec.catalog import TABLES, find_task
 from deft_ray.spec.machine import Machine
 from deft_ray.spec.points import count_points
 from deft_ray.spec.schema import SweepSpec
@@ -15,11 +14,6 @@ from deft_ray.spec.schema import SweepSpec
 MOST_SLOTS = 8
 #: What of the free memory they may take: the rest is left to evaluations, fragments, and whoever else is there.
 FILLED = 0.9
-#: Layers of the families that look their input up in a table.
-_TABLES = frozenset({
-    "shared", "embed_tokens", "embed_positions", "wte", "wpe",
-    "word_embeddings", "position_embeddings", "token_type_embeddings", "relative_attention_bias",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,8 +187,9 @@ def packing_of(spec: SweepSpec, *, memory_is_known: bool = True) -> tuple[int | 
         return 1, f"one at a time on each base: {kind} tuning changes what all rows attend to"
     if stage == 3:
         return 1, "one at a time on each base: workers share out an adapter's parameters (ZeRO stage 3)"
-    if kind == "lora" and (tables := _TABLES.intersection(_last_names(spec.adapter.target_modules))):
-        return 1, f"one at a time on each base: adapters on embeddings ({', '.join(sorted(tables))}) cannot share it"
+    tables = [name for name in spec.adapter.target_modules if any(word in name for word in TABLES)]
+    if kind == "lora" and spec.adapter.target_modules != "all-linear" and tables:
+        return 1, f"one at a time on each base: adapters on embeddings ({', '.join(tables)}) cannot share it"
     found = None
     if asked is None:
         found = f"at most{', by memory' if memory_is_known else ''}; each host finds out"
@@ -216,10 +211,6 @@ def _unlike(spec: SweepSpec) -> list[str]:
         )
         if yes
     ]
-
-
-def _last_names(targets: str | Sequence[str]) -> list[str]:
-    return [] if isinstance(targets, str) else [target.rsplit(".", 1)[-1] for target in targets]
 
 
 def _slots(spec: SweepSpec, hosts: int, footprint: Footprint | None, free: float) -> int:

@@ -125,7 +125,7 @@ def test_hosts_fill_the_scarcer_of_cpus_and_gpus(
         (
             {"adapter": {"target_modules": ["q", "decoder.embed_tokens", "shared"]}},
             2,
-            "one at a time on each base: adapters on embeddings (embed_tokens, shared) cannot share it",
+            "one at a time on each base: adapters on embeddings (decoder.embed_tokens, shared) cannot share it",
         ),
         ({"adapter": {"target_modules": ["q", "wo"]}}, 8, None),
         ({"data": {"tasks": ["sst2", "mnli"]}}, 8, None),
